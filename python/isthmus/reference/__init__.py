@@ -1,0 +1,25 @@
+"""Every op of Isthmus in plain PyTorch: the specification, and the oracle of the tests.
+
+The functions have the names and arguments of ``isthmus.ops`` and are differentiable, in float64
+too. Two things differ. What is random there takes its ``noise`` as a tensor here; and what
+searches also accepts the ``indices`` of an earlier search, to hold a selection fixed.
+"""
+
+from isthmus.reference.bayes import bayes_linear
+from isthmus.reference.codebook import code_statistics, vq_assign, vq_quantize
+from isthmus.reference.divergence import gaussian_kl
+from isthmus.reference.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.reference.sparse import sparse_decode, topk_encode
+
+__all__ = [
+    "bayes_linear",
+    "code_statistics",
+    "gaussian_kl",
+    "gaussian_noise",
+    "gaussian_sample",
+    "gaussian_sample_kl",
+    "sparse_decode",
+    "topk_encode",
+    "vq_assign",
+    "vq_quantize",
+]

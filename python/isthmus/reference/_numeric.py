@@ -1,0 +1,45 @@
+"""Number rules that all families share: the four scale types, and how half types accumulate."""
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in the type its results accumulate in: float32 for half types, else its own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def standard_deviation(scale: Tensor, scale_type: str) -> Tensor:
+    """The standard deviation s that a network's ``scale`` stands for.
+
+    ======== ================
+    logvar   s = exp(scale/2)
+    std      s = scale
+    softplus s = log(1 + exp(scale))
+    square   s = scale^2
+    ======== ================
+
+    Raises:
+        ValueError: ``scale_type`` is none of these.
+    """
+    if scale_type == "logvar":
+        return torch.exp(scale / 2)
+    if scale_type == "std":
+        return scale
+    if scale_type == "softplus":
+        # torch's softplus is the identity above 20, which is 1e-10 off: too coarse for float64.
+        return torch.logaddexp(scale, torch.zeros_like(scale))
+    if scale_type == "square":
+        return scale.square()
+    raise ValueError(
+        f"scale_type is {scale_type!r}; expected 'logvar', 'std', 'softplus' or 'square'"
+    )
+
+
+def log_standard_deviation(scale: Tensor, scale_type: str) -> Tensor:
+    """log s. Exact for "logvar", and without underflow of scale^2 for "square"."""
+    if scale_type == "logvar":
+        return scale / 2
+    if scale_type == "square":
+        return 2 * scale.abs().log()
+    return standard_deviation(scale, scale_type).log()

@@ -1,0 +1,589 @@
+"""The specification, held against independent evidence: closed forms, brute force, other libraries.
+
+Everything else is tested against ``isthmus.reference``, so nothing here may use another part of
+Isthmus as its oracle.
+"""
+
+import doctest
+import importlib
+import math
+
+import mpmath
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import softplus
+
+from isthmus import reference
+from isthmus.random import key
+
+needs_torch_random = pytest.mark.skipif(
+    torch.__version__ < (2, 14), reason="torch.func._random runs on the CPU from torch 2.14 on"
+)
+
+STD = {
+    "logvar": lambda scale: torch.exp(0.5 * scale),
+    "std": lambda scale: scale,
+    "softplus": softplus,
+    "square": lambda scale: scale * scale,
+}
+scale_types = pytest.mark.parametrize("scale_type", list(STD))
+half_types = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+HALF_EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
+
+
+@pytest.fixture
+def rand():
+    """Normal float64 leaves, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        x = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return x.requires_grad_()
+
+    return draw
+
+
+def positive(x):
+    """A leaf that is valid as a scale of any type."""
+    return (x.detach().abs() + 0.5).requires_grad_()
+
+
+def integers(*shape):
+    """Float64 integers from -2 to 2, the same in every run."""
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randint(-2, 3, shape, generator=generator).double()
+
+
+def ulps(a, b):
+    """Largest distance of a from b, in units of the last place of b."""
+    spacing = torch.nextafter(b.abs(), torch.full_like(b, torch.inf)) - b.abs()
+    return ((a.double() - b.double()).abs() / spacing.double()).max().item()
+
+
+# noise
+
+
+# From torch 2.15: torch.func._random.normal(torch.func._random.key(0), 8, dtype=...).
+NOISE_OF_0 = {
+    torch.float32: [
+        *(0.99113774299621582, -0.92466241121292114, -0.61760884523391724, -0.48206874728202820),
+        *(-0.15363818407058716, 0.18082579970359802, 0.83173507452011108, 0.19743970036506653),
+    ],
+    torch.float64: [
+        *(-0.12151797595308224, -1.35003265985765508, -0.08187420991589159, -0.22270905893902698),
+        *(1.77642433315204151, 2.17352073746283070, -0.54734414261101150, -0.42253290352103795),
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", list(NOISE_OF_0))
+def test_noise_known_answers(dtype):
+    noise = reference.gaussian_noise(key(0), [8], dtype)
+    assert noise.dtype == dtype
+    assert ulps(noise, torch.tensor(NOISE_OF_0[dtype], dtype=dtype)) <= 3
+
+
+@needs_torch_random
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("words", [(1, 0), (-1, -1), (2**40 + 3, 2**32 - 1), (5, 2**62 - 1)])
+def test_noise_equals_torch_within_3_ulp(dtype, words):
+    from torch.func import _random as torch_random
+
+    ours = torch.tensor(words)
+    theirs = torch_random.normal(ours.view(torch.uint64), (50_001,), dtype=dtype)
+    assert ulps(reference.gaussian_noise(ours, [50_001], dtype), theirs) <= 3
+
+
+@half_types
+def test_half_noise_rounds_the_float32_stream(half):
+    noise = reference.gaussian_noise(key(2), [1001], half)
+    assert torch.equal(noise, reference.gaussian_noise(key(2), [1001]).to(half))
+
+
+@needs_torch_random
+@half_types
+def test_half_noise_equals_torch_but_for_rounding_across_a_tie(half):
+    from torch.func import _random as torch_random
+
+    noise = reference.gaussian_noise(key(2), [10_001], half)
+    theirs = torch_random.normal(key(2).view(torch.uint64), (10_001,), dtype=half)
+    assert ulps(noise, theirs) <= 1
+    assert (noise == theirs).double().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lanes"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 2)]
+)
+def test_one_step_of_offset_skips_one_block(dtype, lanes):
+    for offset in (0, 2**32 - 2, 2**63 - 2, -2):
+        blocks = [offset + step for step in range(3)]
+        keys = [torch.tensor([11, (b + 2**63) % 2**64 - 2**63]) for b in blocks]
+        whole = reference.gaussian_noise(keys[0], [3 * lanes], dtype)
+        parts = [reference.gaussian_noise(k, [lanes], dtype) for k in keys]
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_noise_depends_on_the_contiguous_index_alone():
+    flat = reference.gaussian_noise(key(3), [30])
+    assert torch.equal(reference.gaussian_noise(key(3), [2, 3, 5]), flat.view(2, 3, 5))
+    assert torch.equal(reference.gaussian_noise(key(3), [7]), flat[:7])
+    assert torch.equal(reference.gaussian_noise(key(3), []), flat[0])
+    assert reference.gaussian_noise(key(3), [4, 0]).shape == (4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_is_standard_normal(dtype):
+    n = 400_000
+    noise = reference.gaussian_noise(key(4), [n], dtype).double()
+    # Each moment within 4 of its standard errors; E z^2k = (2k - 1)!!.
+    for power, moment, square in [(1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105)]:
+        error = (noise**power).mean().item() - moment
+        assert abs(error) < 4 * math.sqrt((square - moment**2) / n)
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand keys.
+    cdf = torch.special.ndtr(noise.sort().values)
+    steps = torch.arange(n + 1) / n
+    assert max((steps[1:] - cdf).max(), (cdf - steps[:-1]).max()) < 1.95 / math.sqrt(n)
+    # Neighbours share words: neither they nor their squares may be correlated.
+    for step in (1, 2, 3, 4):
+        for x in (noise, (noise**2 - 1) / math.sqrt(2)):
+            assert abs((x[step:] * x[:-step]).mean()) < 4 / math.sqrt(n)
+
+
+def test_noise_stays_finite_for_the_extreme_words():
+    # Block words are not ours to choose, so this looks at the map from words to normals.
+    gaussian = importlib.import_module("isthmus.reference.gaussian")
+    extremes = torch.tensor([0, 2**32 - 1])
+    uniform = gaussian._uniform32(extremes)
+    assert uniform.dtype == torch.float32 and uniform.tolist() == [2.0**-33, 1.0]
+    normals = gaussian._box_muller(uniform, uniform)
+    assert normals.isfinite().all() and 6.76 < normals.abs().max() < 6.77
+    uniform = gaussian._uniform64(extremes, extremes)
+    assert uniform.dtype == torch.float64 and uniform.tolist() == [2.0**-65, 1.0]
+    assert gaussian._box_muller(uniform, uniform).isfinite().all()
+
+
+# sampling
+
+
+@scale_types
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_sample_is_mean_plus_scaled_noise(rand, scale_type, num_samples):
+    mean, scale = rand(4, 5), positive(rand(4, 5))
+    noise = rand(*([] if num_samples is None else [num_samples]), 4, 5).detach()
+    z = reference.gaussian_sample(
+        mean, scale, scale_type=scale_type, num_samples=num_samples, temperature=0.7, noise=noise
+    )
+    assert z.shape == noise.shape
+    torch.testing.assert_close(z, mean + 0.7 * STD[scale_type](scale) * noise)
+
+
+def test_softplus_keeps_float64_accuracy_where_torch_switches_to_the_identity():
+    scale = torch.tensor([21.0, 30.0], dtype=torch.float64)
+    z = reference.gaussian_sample(
+        torch.zeros_like(scale), scale, scale_type="softplus", noise=torch.ones_like(scale)
+    )
+    expected = [float(mpmath.log(1 + mpmath.exp(s))) for s in (21, 30)]
+    assert z.tolist() == pytest.approx(expected, rel=1e-15)
+
+
+@half_types
+def test_half_sample_is_computed_in_float32_and_rounded_once(half):
+    mean, scale = torch.linspace(-2, 2, 64).to(half), torch.linspace(-1, 1, 64).to(half)
+    noise = reference.gaussian_noise(key(1), [64])
+    z, kl = reference.gaussian_sample_kl(mean, scale, noise=noise)
+    exact, exact_kl = reference.gaussian_sample_kl(mean.double(), scale.double(), noise=noise)
+    assert z.dtype == half and kl.dtype == torch.float32
+    assert ((z.double() - exact).abs() <= 1.001 * HALF_EPS[half] * exact.abs()).all()
+    torch.testing.assert_close(kl.double(), exact_kl, rtol=1e-6, atol=0)
+
+
+# divergence
+
+
+def with_and_without_prior(rand, shape):
+    mean, scale = rand(*shape), positive(rand(*shape))
+    return [(mean, scale), (mean, scale, rand(*shape), positive(rand(*shape)))]
+
+
+@scale_types
+def test_kl_equals_torch_distributions(rand, scale_type):
+    std = STD[scale_type]
+    for mean, scale, *prior in with_and_without_prior(rand, (6, 7)):
+        q = Normal(mean, std(scale))
+        p = Normal(prior[0], std(prior[1])) if prior else Normal(0.0, 1.0)
+        expected = kl_divergence(q, p)
+        for reduction, reduced in {
+            "none": expected,
+            "row": expected.sum(-1),
+            "sum": expected.sum(),
+            "mean": expected.sum(-1).mean(),
+        }.items():
+            kl = reference.gaussian_kl(
+                mean, scale, *prior, scale_type=scale_type, reduction=reduction
+            )
+            torch.testing.assert_close(kl, reduced)
+
+
+def exact_kl(mean, logvar):
+    """KL from the standard prior in 60 digits."""
+    with mpmath.workdps(60):
+        mean, logvar = mpmath.mpf(mean), mpmath.mpf(logvar)
+        return (mean**2 + mpmath.exp(logvar) - 1 - logvar) / 2
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float64, 1e-15), (torch.float32, 1e-6)])
+def test_kl_keeps_every_digit_near_the_prior(dtype, digits):
+    steps = [sign * m * 10.0**-e for e in range(1, 9) for m in (1, 2.4, 2.6, 7) for sign in (1, -1)]
+    logvar = torch.tensor([0.0, *steps], dtype=dtype, requires_grad=True)
+    kl = reference.gaussian_kl(torch.zeros_like(logvar), logvar, reduction="none")
+    (gradient,) = torch.autograd.grad(kl.sum(), logvar)
+    for i, v in enumerate(logvar.tolist()):
+        assert kl[i].item() == pytest.approx(float(exact_kl(0, v)), rel=10 * digits, abs=0)
+        assert gradient[i].item() == pytest.approx(math.expm1(v) / 2, rel=10 * digits, abs=0)
+
+
+def test_kl_near_a_tensor_prior_is_that_near_the_standard_one(rand):
+    # Powers of two, so that the differences and the quotient are exact.
+    scale, step = torch.tensor([2.0, 4.0], dtype=torch.float64), 2.0**-30
+    mean = torch.full_like(scale, 8.0)
+    kl = reference.gaussian_kl(mean + step, scale + step, mean, scale, reduction="none")
+    for i, logvar in enumerate(scale.tolist()):
+        expected = float(exact_kl(step * mpmath.exp(-mpmath.mpf(logvar) / 2), step))
+        assert kl[i].item() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+def test_kl_far_from_the_prior_overflows_to_infinity_and_nan_stays_in_its_row():
+    logvar = torch.tensor([[800.0, 0.0], [-torch.inf, 0.0], [torch.nan, 0.0], [0.0, 0.0]])
+    kl = reference.gaussian_kl(torch.zeros(4, 2), logvar)
+    assert kl[0] == torch.inf and kl[1] == torch.inf and kl[2].isnan() and kl[3] == 0
+
+
+def test_kl_gradient_of_a_vanishing_variance_is_finite():
+    logvar = torch.tensor([-1e6, -torch.inf], requires_grad=True)
+    reference.gaussian_kl(torch.zeros(2), logvar).backward()
+    assert logvar.grad.tolist() == [-0.5, -0.5]
+
+
+@scale_types
+def test_sample_kl_gradients(rand, scale_type):
+    noise = rand(2, 3, 4).detach()
+    for inputs in with_and_without_prior(rand, (3, 4)):
+
+        def f(*inputs):
+            return reference.gaussian_sample_kl(
+                *inputs, scale_type=scale_type, num_samples=2, temperature=0.5, noise=noise
+            )
+
+        assert gradcheck(f, inputs) and gradgradcheck(f, inputs)
+
+
+# codebook
+
+
+def test_assign_equals_brute_force(rand):
+    x, codebook = rand(5, 40, 3).detach(), rand(17, 3).detach()
+    nearest = torch.cdist(x, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    assert torch.equal(reference.vq_assign(x, codebook), nearest)
+
+
+def test_assign_ties_go_to_the_lowest_index():
+    # Small integers: every score is exact, and many codes are equally near.
+    x, codebook = integers(300, 3), integers(40, 3)
+    distance = (x[:, None] - codebook).square().sum(-1).tolist()
+    assert reference.vq_assign(x, codebook).tolist() == [row.index(min(row)) for row in distance]
+
+
+def test_nan_row_gets_index_0_and_error_nan(rand):
+    x, codebook = rand(4, 3).detach(), rand(5, 3).detach()
+    expected = reference.vq_quantize(x, codebook)
+    x[2, 1] = torch.nan
+    quantized, indices, error = reference.vq_quantize(x, codebook)
+    assert indices[2] == 0 and error[2].isnan() and torch.equal(quantized[2], codebook[0])
+    others = [0, 1, 3]
+    for ours, theirs in zip((quantized, indices, error), expected, strict=True):
+        assert torch.equal(ours[others], theirs[others])
+
+
+def test_nan_code_never_wins(rand):
+    x, codebook = rand(6, 3).detach(), rand(5, 3).detach()
+    codebook[0, 0] = torch.nan
+    assert torch.equal(reference.vq_assign(x, codebook), 1 + reference.vq_assign(x, codebook[1:]))
+
+
+def test_quantize_values(rand):
+    x, codebook = rand(2, 6, 3), rand(5, 3)
+    quantized, indices, error = reference.vq_quantize(x, codebook)
+    assert torch.equal(quantized, codebook[indices])
+    assert torch.equal(indices, reference.vq_assign(x, codebook))
+    torch.testing.assert_close(error, (x - codebook[indices]).square().sum(-1))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_quantize_gradients_follow_the_stop_gradient_rule(rand, weight):
+    x, codebook, pull = rand(6, 3), rand(5, 3), rand(6, 3).detach()
+    quantized, indices, error = reference.vq_quantize(x, codebook, commitment_weight=weight)
+    to_x, to_codebook = torch.autograd.grad(
+        (quantized * pull).sum(), (x, codebook), retain_graph=True, allow_unused=True
+    )
+    assert torch.equal(to_x, pull) and to_codebook is None
+
+    code = codebook[indices]
+    loss = (x.detach() - code).square() + weight * (x - code.detach()).square()
+    expected = torch.autograd.grad(loss.sum(-1).mean(), (x, codebook))
+    gradients = torch.autograd.grad(error.mean(), (x, codebook), create_graph=True)
+    torch.testing.assert_close(gradients, expected)
+    # Second derivatives: 2 weight / N on x; the cross term is stopped.
+    second = torch.autograd.grad(gradients[0].sum(), (x, codebook), allow_unused=True)
+    torch.testing.assert_close(second[0], torch.full_like(x, 2 * weight / len(x)))
+    assert second[1] is None
+
+
+def test_squared_error_with_full_commitment_is_an_ordinary_function(rand):
+    indices = torch.tensor([0, 2, 2, 4])
+    assert gradcheck(
+        lambda x, c: reference.vq_quantize(x, c, indices=indices)[2], (rand(4, 3), rand(5, 3))
+    )
+
+
+def test_code_statistics_equal_a_loop(rand):
+    x, indices = rand(4, 5, 3).detach(), torch.randint(0, 6, (4, 5))
+    counts, sums = reference.code_statistics(x, indices, 7)
+    for code in range(7):
+        rows = x[indices == code]
+        assert counts[code] == len(rows)
+        torch.testing.assert_close(sums[code], rows.sum(0))
+    assert reference.code_statistics(x.bfloat16(), indices, 7)[1].dtype == torch.float32
+
+
+# sparse
+
+
+def brute_topk(features, k):
+    order = sorted(range(len(features)), key=lambda f: (-features[f], f))[:k]
+    return [features[f] for f in order], order
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_topk_equals_brute_force_with_ties(activation, k):
+    # Small integers: exact products, many ties, and rows with fewer than k positive features.
+    x, weight, bias = integers(40, 3), integers(12, 3), integers(12)
+    values, indices = reference.topk_encode(x, weight, bias, k, activation=activation)
+    features = x @ weight.T + bias
+    if activation == "relu":
+        features = features.clamp(min=0)
+    for row, found, chosen in zip(
+        features.tolist(), values.tolist(), indices.tolist(), strict=True
+    ):
+        assert (found, chosen) == brute_topk(row, k)
+
+
+def test_topk_row_with_one_nan_feature_is_nan_throughout(rand):
+    x, weight = rand(3, 4).detach(), rand(6, 4).detach()
+    weight[4, 0] = 0
+    expected = reference.topk_encode(x, weight, None, 2)
+    x[1, 0] = torch.inf  # feature 4 becomes inf * 0
+    values, indices = reference.topk_encode(x, weight, None, 2)
+    assert values[1].isnan().all() and (indices[1] == 0).all()
+    for ours, theirs in zip((values, indices), expected, strict=True):
+        assert torch.equal(ours[::2], theirs[::2])
+
+
+def test_topk_gradients(rand):
+    inputs = rand(2, 5, 4), rand(9, 4), rand(9)
+    indices = reference.topk_encode(*inputs, 3)[1]
+
+    def values(*inputs):
+        return reference.topk_encode(*inputs, 3, indices=indices)[0]
+
+    assert torch.equal(values(*inputs), reference.topk_encode(*inputs, 3)[0])
+    assert gradcheck(values, inputs) and gradgradcheck(values, inputs)
+
+
+def test_relu_gradient_is_0_at_0():
+    x = torch.ones(1, 1, requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    values, _ = reference.topk_encode(x, weight, None, 2)
+    values.sum().backward()
+    assert values.tolist() == [[1.0, 0.0]]
+    assert weight.grad.tolist() == [[0.0], [1.0]] and x.grad.tolist() == [[1.0]]
+
+
+def test_sparse_decode_equals_the_dense_product(rand):
+    values, weight, bias = rand(2, 5, 3), rand(7, 4), rand(4)
+    indices = torch.tensor([[0, 3, 6], [2, 2, 5], [1, 1, 1], [6, 5, 4], [0, 0, 3]]).expand(2, 5, 3)
+    dense = torch.zeros(2, 5, 7, dtype=torch.float64).scatter_add(-1, indices, values)
+    out = reference.sparse_decode(values, indices, weight, bias)
+    torch.testing.assert_close(out, dense @ weight + bias)
+
+    def decode(values, weight, bias):
+        return reference.sparse_decode(values, indices, weight, bias)
+
+    assert gradcheck(decode, (values, weight, bias))
+    assert gradgradcheck(decode, (values, weight, bias))
+
+
+# bayes
+
+
+@scale_types
+def test_bayes_weight_equals_a_linear_layer_with_the_sampled_weights(rand, scale_type):
+    x, mean, scale = rand(2, 5, 3), rand(4, 3), positive(rand(4, 3))
+    bias_mean, bias_scale = rand(4), positive(rand(4))
+    noise, bias_noise = rand(4, 3).detach(), rand(4).detach()
+    out = reference.bayes_linear(
+        *(x, mean, scale, bias_mean, bias_scale),
+        scale_type=scale_type,
+        noise=noise,
+        bias_noise=bias_noise,
+    )
+    weight = Normal(mean, STD[scale_type](scale))
+    bias = Normal(bias_mean, STD[scale_type](bias_scale))
+    expected = x @ (weight.mean + weight.stddev * noise).T + bias.mean + bias.stddev * bias_noise
+    torch.testing.assert_close(out, expected)
+
+
+def test_bayes_local_has_the_moments_of_sampled_weights(rand):
+    draws = 100_000
+    x, mean, std = rand(3).detach(), rand(2, 3).detach(), positive(rand(2, 3)).detach()
+    bias_mean, bias_std = rand(2).detach(), positive(rand(2)).detach()
+    weights = mean + std * torch.randn(draws, 2, 3, dtype=torch.float64, generator=seeded(1))
+    biases = bias_mean + bias_std * torch.randn(draws, 2, dtype=torch.float64, generator=seeded(2))
+    outputs = weights @ x + biases
+
+    def local(noise):
+        return reference.bayes_linear(
+            *(x, mean, std, bias_mean, bias_std),
+            scale_type="std",
+            estimator="local",
+            noise=torch.full((2,), noise, dtype=torch.float64),
+        )
+
+    centre, spread = local(0.0), local(1.0) - local(0.0)
+    assert ((outputs.mean(0) - centre).abs() < 4 * spread / math.sqrt(draws)).all()
+    assert ((outputs.std(0) / spread - 1).abs() < 4 / math.sqrt(2 * draws)).all()
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("estimator", ["weight", "local"])
+def test_bayes_gradients(rand, estimator):
+    shapes = (5, 3), (4, 3), (4, 3), (4,), (4,)
+    inputs = [rand(*shape) for shape in shapes]
+    noise = rand(*((4, 3) if estimator == "weight" else (5, 4))).detach()
+    bias_noise = rand(4).detach()
+
+    def f(*inputs):
+        return reference.bayes_linear(
+            *inputs, estimator=estimator, noise=noise, bias_noise=bias_noise
+        )
+
+    for count in (3, 4, 5):  # no bias, an ordinary bias, a sampled bias
+        assert gradcheck(f, inputs[:count]) and gradgradcheck(f, inputs[:count])
+
+
+def test_bayes_local_gradient_at_zero_variance_is_0(rand):
+    x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    mean, scale = rand(4, 3), rand(4, 3)
+    out = reference.bayes_linear(x, mean, scale, estimator="local", noise=rand(2, 4).detach())
+    gradients = torch.autograd.grad(out.sum(), (x, mean, scale))
+    torch.testing.assert_close(gradients[0], mean.detach().sum(0).expand(2, 3))
+    assert not gradients[1].any() and not gradients[2].any()
+
+
+# all of them
+
+
+@half_types
+def test_half_results_are_rounded_from_float32(rand, half):
+    def compare(f, *tensors):
+        narrow = [t.detach().to(half) for t in tensors]
+        ours, exact = f(*narrow), f(*(t.double() for t in narrow))
+        assert ours.dtype == half
+        allowed = 1.01 * HALF_EPS[half] * exact.abs() + 1e-6
+        assert ((ours.double() - exact).abs() <= allowed).all()
+
+    picked = torch.tensor([0, 2, 1, 2])
+    compare(lambda x, c: reference.vq_quantize(x, c, indices=picked)[0], rand(4, 3), rand(5, 3))
+    compare(lambda x, w, b: reference.topk_encode(x, w, b, 2)[0], rand(4, 3), rand(5, 3), rand(5))
+    compare(lambda v, w: reference.sparse_decode(v, picked, w), rand(4), rand(3, 6))
+    noise = rand(5, 3).detach().to(half)
+    compare(
+        lambda x, m, s: reference.bayes_linear(x, m, s, noise=noise),
+        *(rand(4, 3), rand(5, 3), rand(5, 3)),
+    )
+
+
+one = torch.ones(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: reference.gaussian_sample(one, one, scale_type="var", noise=one),
+            r"scale_type is 'var'; expected 'logvar', 'std', 'softplus' or 'square'",
+        ),
+        (
+            lambda: reference.gaussian_sample(one, one, num_samples=3, noise=one),
+            r"noise has shape \[1, 2\]; expected \[3, 1, 2\]",
+        ),
+        (lambda: reference.gaussian_kl(one, one, reduction="max"), r"reduction is 'max'; expected"),
+        (lambda: reference.gaussian_kl(one, one, one), r"prior_scale is None; expected both"),
+        (
+            lambda: reference.gaussian_kl(one, one, None, one),
+            r"prior_mean is None; expected both",
+        ),
+        (lambda: reference.vq_assign(one, one, topk=2), r"topk is 2; expected 1"),
+        (lambda: reference.vq_assign(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
+        (lambda: reference.vq_quantize(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
+        (lambda: reference.vq_quantize(one, one, gradient="no"), r"gradient is 'no'; expected"),
+        (lambda: reference.topk_encode(one, one, None, 2), r"k is 2; expected 1 to 1"),
+        (lambda: reference.topk_encode(one, one, None, 0), r"k is 0; expected 1 to 1"),
+        (
+            lambda: reference.topk_encode(one, one, None, 1, activation="gelu"),
+            r"activation is 'gelu'; expected 'relu' or 'identity'",
+        ),
+        (
+            lambda: reference.bayes_linear(one, one, one, estimator="flip", noise=one),
+            r"estimator is 'flip'; expected 'weight' or 'local'",
+        ),
+        (
+            lambda: reference.bayes_linear(one, one, one, noise=one[0]),
+            r"noise is of shape \[2\]; expected shape \[1, 2\]",
+        ),
+        (
+            lambda: reference.bayes_linear(one, one, one, one[0, :1], one[0, :1], noise=one),
+            r"bias_noise is None; expected shape \[1\]",
+        ),
+        (
+            lambda: reference.bayes_linear(one, one, one, None, one[0, :1], noise=one),
+            r"bias_mean is None; expected a tensor",
+        ),
+    ],
+)
+def test_wrong_arguments_are_told_what_was_expected(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_indices_out_of_range_are_refused(index):
+    indices, rows, table = torch.tensor([index]), torch.ones(1, 2), torch.ones(5, 2)
+    for call in (
+        lambda: reference.vq_quantize(rows, table, indices=indices),
+        lambda: reference.code_statistics(rows, indices, 5),
+        lambda: reference.sparse_decode(torch.ones(1), indices, table),
+    ):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+            call()
+
+
+@pytest.mark.parametrize("family", ["gaussian", "divergence", "codebook", "sparse", "bayes"])
+def test_docstring_examples(family):
+    failed, attempted = doctest.testmod(importlib.import_module(f"isthmus.reference.{family}"))
+    assert attempted > 0 and failed == 0
