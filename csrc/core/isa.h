@@ -1,0 +1,73 @@
+// Which instruction set the kernels use: detected once, overridden by ISTHMUS_ISA or set_isa().
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace isthmus {
+
+enum class Isa : int { baseline, avx2, avx512, amx };
+
+const char* isa_name(Isa isa);
+// Throws std::invalid_argument that lists the known names.
+Isa parse_isa(const std::string& name);
+
+// Compiled into this binary and supported by this CPU and operating system, lowest first.
+std::vector<Isa> available_isas();
+
+Isa current_isa();
+// Throws std::invalid_argument if the level is not available.
+void set_isa(Isa isa);
+// Back to ISTHMUS_ISA if set, else to the best available level.
+void reset_isa();
+
+// One family's kernels: a table of function pointers for each level. A level without code of its own shares the table
+// of the level below (amx = avx512 where a family has no matrix-unit kernel).
+template <class Kernels>
+struct IsaTables {
+  const Kernels& baseline;
+  const Kernels& avx2;
+  const Kernels& avx512;
+  const Kernels& amx;
+
+  const Kernels& current() const {
+    switch (current_isa()) {
+      case Isa::amx:
+        return amx;
+      case Isa::avx512:
+        return avx512;
+      case Isa::avx2:
+        return avx2;
+      default:
+        return baseline;
+    }
+  }
+};
+
+}  // namespace isthmus
+
+// In kernels.h: declares <family>_kernels(), the table of the level in use. csrc/<family>/cpu_<level>.cpp defines the
+// tables by compiling cpu.inl with ISTHMUS_LEVEL set.
+#if defined(__x86_64__)
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                                                          \
+  namespace baseline {                                                                                    \
+  extern const Kernels family##_table;                                                                    \
+  }                                                                                                       \
+  namespace avx2 {                                                                                        \
+  extern const Kernels family##_table;                                                                    \
+  }                                                                                                       \
+  namespace avx512 {                                                                                      \
+  extern const Kernels family##_table;                                                                    \
+  }                                                                                                       \
+  inline const Kernels& family##_kernels() {                                                              \
+    return IsaTables<Kernels>{baseline::family##_table, avx2::family##_table, avx512::family##_table,     \
+                              avx512::family##_table}                                                     \
+        .current();                                                                                       \
+  }
+#else
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                        \
+  namespace baseline {                                                  \
+  extern const Kernels family##_table;                                  \
+  }                                                                     \
+  inline const Kernels& family##_kernels() { return baseline::family##_table; }
+#endif

@@ -1,0 +1,116 @@
+// core/normal.h for one element on the device: the same forms, CUDA's own exp, log and expm1.
+#pragma once
+
+#include "core/scale_type.h"
+
+namespace isthmus::cuda {
+namespace {
+
+template <class C>
+__device__ __forceinline__ C softplus(C x) {
+  return fmax(x, C(0)) + log1p(exp(-fabs(x)));
+}
+template <class C>
+__device__ __forceinline__ C sigmoid(C x) {
+  return C(1) / (C(1) + exp(-x));
+}
+
+// expm1(x) - x without cancellation: the series where it converges fast, the difference elsewhere.
+__device__ __forceinline__ float expm1mx(float x) {
+  if (fabsf(x) > 0.5f) return expm1f(x) - x;
+  float sum = 1.0f / 362880;
+  sum = fmaf(sum, x, 1.0f / 40320);
+  sum = fmaf(sum, x, 1.0f / 5040);
+  sum = fmaf(sum, x, 1.0f / 720);
+  sum = fmaf(sum, x, 1.0f / 120);
+  sum = fmaf(sum, x, 1.0f / 24);
+  sum = fmaf(sum, x, 1.0f / 6);
+  sum = fmaf(sum, x, 0.5f);
+  return x * x * sum;
+}
+__device__ __forceinline__ double expm1mx(double x) {
+  if (fabs(x) > 0.5) return expm1(x) - x;
+  double sum = 0;
+  double factorial = 6402373705728000.0;  // 18!
+  for (int n = 18; n >= 2; --n) {
+    sum = sum * x + 1.0 / factorial;
+    factorial /= n;
+  }
+  return x * x * sum;
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C std_of(C scale) {
+  if constexpr (S == ScaleType::logvar) return exp(C(0.5) * scale);
+  if constexpr (S == ScaleType::std) return scale;
+  if constexpr (S == ScaleType::softplus) return softplus(scale);
+  if constexpr (S == ScaleType::square) return scale * scale;
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C log_std_of(C scale) {
+  if constexpr (S == ScaleType::logvar) return C(0.5) * scale;
+  if constexpr (S == ScaleType::std) return log(scale);
+  if constexpr (S == ScaleType::softplus) return log(softplus(scale));
+  if constexpr (S == ScaleType::square) return C(2) * log(fabs(scale));
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C std_slope(C scale) {
+  if constexpr (S == ScaleType::logvar) return C(0.5) * exp(C(0.5) * scale);
+  if constexpr (S == ScaleType::std) return C(1);
+  if constexpr (S == ScaleType::softplus) return sigmoid(scale);
+  if constexpr (S == ScaleType::square) return C(2) * scale;
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C log_std_slope(C scale) {
+  if constexpr (S == ScaleType::logvar) return C(0.5);
+  if constexpr (S == ScaleType::std) return C(1) / scale;
+  if constexpr (S == ScaleType::softplus) return sigmoid(scale) / softplus(scale);
+  if constexpr (S == ScaleType::square) return C(2) / scale;
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C inverse_std(C scale) {
+  if constexpr (S == ScaleType::logvar) return exp(C(-0.5) * scale);
+  return C(1) / std_of<S>(scale);
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C kl_to_standard(C mean, C scale) {
+  const C log_std = log_std_of<S>(scale), remainder = expm1mx(log_std), e = log_std + remainder;
+  return C(0.5) * (mean * mean + e * e) + remainder;
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ C kl_to_prior(C mean, C scale, C prior_mean, C prior_scale) {
+  const C q = (mean - prior_mean) * inverse_std<S>(prior_scale);
+  const C d = log_std_of<S>(scale) - log_std_of<S>(prior_scale);
+  const C remainder = expm1mx(d), e = d + remainder;
+  return C(0.5) * (q * q + e * e) + remainder;
+}
+
+template <class C>
+struct KlGradient {
+  C mean, scale, prior_mean, prior_scale;
+};
+
+template <ScaleType S, class C>
+__device__ __forceinline__ KlGradient<C> kl_to_standard_gradient(C mean, C scale) {
+  const C e = expm1(log_std_of<S>(scale));
+  return {mean, e * (e + C(2)) * log_std_slope<S>(scale), C(0), C(0)};
+}
+
+template <ScaleType S, class C>
+__device__ __forceinline__ KlGradient<C> kl_to_prior_gradient(C mean, C scale, C prior_mean, C prior_scale) {
+  const C inverse = inverse_std<S>(prior_scale);
+  const C q = (mean - prior_mean) * inverse;
+  const C e = expm1(log_std_of<S>(scale) - log_std_of<S>(prior_scale));
+  const C excess = e * (e + C(2));
+  return {q * inverse, excess * log_std_slope<S>(scale), -q * inverse,
+          -(q * q + excess) * log_std_slope<S>(prior_scale)};
+}
+
+}  // namespace
+}  // namespace isthmus::cuda

@@ -1,0 +1,3 @@
+// The gaussian kernels for any CPU of the architecture; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL baseline
+#include "gaussian/cpu.inl"

@@ -1,0 +1,78 @@
+// Every op of the library: the table of contents. Each family registers its kernels from csrc/<family>/op.cpp; gradients,
+// fake kernels, batching and autocast rules are in python/isthmus/ops/<family>.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "core/parallel.h"
+
+using torch::stable::detail::StableLibrary;
+
+namespace isthmus {
+
+void register_gaussian(StableLibrary&);
+void register_divergence(StableLibrary&);
+void register_codebook(StableLibrary&);
+void register_sparse(StableLibrary&);
+void register_bayes(StableLibrary&);
+
+namespace {
+
+// clang-format off
+void define_schemas(StableLibrary& m) {
+  // gaussian
+  m.def("gaussian_noise(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("gaussian_sample(Tensor mean, Tensor scale, Tensor key, str scale_type, int num_samples, float temperature) -> Tensor");
+  m.def("gaussian_sample_backward(Tensor grad, Tensor scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor)");
+  m.def("gaussian_sample_kl(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor)");
+  m.def("gaussian_sample_kl_backward(Tensor grad_z, Tensor grad_kl, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // divergence
+  m.def("gaussian_kl(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> Tensor");
+  m.def("gaussian_kl_backward(Tensor grad, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // codebook
+  m.def("vq_assign(Tensor x, Tensor codebook) -> Tensor");
+  m.def("vq_quantize(Tensor x, Tensor codebook, float commitment_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices, float commitment_weight) -> (Tensor, Tensor)");
+  m.def("code_statistics(Tensor x, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)");
+
+  // sparse
+  m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
+  m.def("topk_encode_backward(Tensor grad, Tensor x, Tensor weight, Tensor values, Tensor indices, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor weight) -> (Tensor, Tensor, Tensor)");
+
+  // bayes
+  m.def("bayes_linear(Tensor x, Tensor weight_mean, Tensor weight_scale, Tensor? bias_mean, Tensor? bias_scale, Tensor key, str scale_type, str estimator) -> Tensor");
+  m.def("bayes_linear_backward(Tensor grad, Tensor x, Tensor weight_mean, Tensor weight_scale, Tensor? bias_scale, Tensor key, str scale_type, str estimator) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+// clang-format on
+
+// One implementation serves every device: the host entry looks at its tensors and picks the kernel.
+void register_kernels(StableLibrary& m) {
+  register_gaussian(m);
+  register_divergence(m);
+  register_codebook(m);
+  register_sparse(m);
+  register_bayes(m);
+}
+
+// Kernels run on torch's own threads, so torch.set_num_threads holds. The call goes into libtorch, which is compiled
+// with OpenMP; nothing here needs to be.
+void torch_threads(int64_t count, int64_t grain, RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(isthmus, m) {
+  set_parallel_backend(torch_threads);
+  define_schemas(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(isthmus, CPU, m) { register_kernels(m); }
+#if defined(ISTHMUS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(isthmus, CUDA, m) { register_kernels(m); }
+#endif
+
+}  // namespace isthmus

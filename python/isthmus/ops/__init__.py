@@ -1,0 +1,20 @@
+"""The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
+
+from isthmus.ops.bayes import bayes_linear
+from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
+from isthmus.ops.divergence import gaussian_kl
+from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.ops.sparse import sparse_decode, topk_encode
+
+__all__ = [
+    "bayes_linear",
+    "code_statistics",
+    "gaussian_kl",
+    "gaussian_noise",
+    "gaussian_sample",
+    "gaussian_sample_kl",
+    "sparse_decode",
+    "topk_encode",
+    "vq_assign",
+    "vq_quantize",
+]

@@ -1,0 +1,38 @@
+"""Argument handling shared by the public functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.random import key as draw_key
+
+
+def key_for(like: Tensor, key: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The given key, or a fresh one from torch's generator of the tensor's device."""
+    if key is None:
+        return draw_key(device=like.device, generator=generator)
+    if generator is not None:
+        raise ValueError("key and generator were both given; expected at most one source of randomness")
+    return key
+
+
+def broadcast(**tensors: Tensor | None) -> tuple[Any, ...]:
+    """The named tensors, expanded to their common shape; None stays None."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    shape = first.shape
+    for name, t in tensors.items():
+        if t is None or t.shape == shape:
+            continue
+        try:
+            shape = torch.broadcast_shapes(shape, t.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}, which does not broadcast with {first_name}, {list(shape)}"
+            ) from error
+    return tuple(t if t is None or t.shape == shape else t.expand(shape) for t in tensors.values())
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+import isthmus
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Each test starts from the same seed, and leaves threads and instruction set as it found them."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    isthmus.set_isa(None)
+
+
+@pytest.fixture(params=isthmus.build_info()["isa_available"])
+def isa(request):
+    isthmus.set_isa(request.param)
+    return request.param
