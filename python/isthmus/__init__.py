@@ -8,9 +8,9 @@ isthmus.reference  the same ops in plain PyTorch: the specification
 
 from typing import Any
 
-import torch  # noqa: F401  (before the extension: it resolves its symbols from libtorch)
+import torch
 
-from isthmus import _load  # noqa: F401
+import isthmus._load  # isort: split
 from isthmus import _C, nn, ops
 from isthmus.random import fold_in, key, split
 
