@@ -1,0 +1,119 @@
+// Items grouped by an integer index: the one sort behind every gradient and statistic that is scattered by code or by
+// feature. Sums over a group then run in item order, so they are the same numbers every time, without atomics.
+#pragma once
+
+#include <cstdint>
+
+#include "core/buffer.h"
+#include "core/parallel.h"
+
+namespace isthmus {
+namespace {
+
+// Position of the first index outside [0, groups), or -1.
+inline int64_t find_outside(const int64_t* index, int64_t count, int64_t groups) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (index[i] < 0 || index[i] >= groups) return i;
+  }
+  return -1;
+}
+
+// Stable counting sort; every index lies in [0, count). Group g holds items[starts[g]] … items[starts[g + 1] - 1],
+// ascending. O(items + groups) time and memory.
+struct Groups {
+  const int64_t count, num_items;
+  Buffer<int64_t> starts;  // [count + 1]
+  Buffer<int64_t> items;   // [num_items]
+
+  Groups(const int64_t* index, int64_t num_items_, int64_t count_)
+      : count(count_), num_items(num_items_), starts(count + 1), items(num_items) {
+    // Chunks of items count and place independently. Their histograms together are no larger than the index itself.
+    const int64_t chunk = count > 16 * 1024 ? count : 16 * 1024, chunks = (num_items + chunk - 1) / chunk;
+    Buffer<int64_t> places(chunks * count);  // [chunk][group]: first how many items, then where the next one goes
+    const auto each_chunk = [&](auto&& visit) {
+      parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t last = (c + 1) * chunk < num_items ? (c + 1) * chunk : num_items;
+          visit(places.data + c * count, c * chunk, last);
+        }
+      });
+    };
+    each_chunk([&](int64_t* place, int64_t first, int64_t last) {
+      for (int64_t g = 0; g < count; ++g) place[g] = 0;
+      for (int64_t i = first; i < last; ++i) ++place[index[i]];
+    });
+    int64_t next = 0;
+    for (int64_t g = 0; g < count; ++g) {
+      starts.data[g] = next;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t found = places.data[c * count + g];
+        places.data[c * count + g] = next;
+        next += found;
+      }
+    }
+    starts.data[count] = next;
+    each_chunk([&](int64_t* place, int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) items.data[place[index[i]]++] = i;
+    });
+  }
+
+  // The group of the item at a sorted position.
+  int64_t group_at(int64_t position) const {
+    int64_t low = 0, high = count;  // starts[low] <= position < starts[high]
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (starts.data[middle] <= position ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// The sum of every group, a vector of `width` numbers: add(item, group, sum) adds an item's share to sum[0 … width),
+// write(group, sum) receives each group's sum once, zeros for an empty group. Both are called from several threads.
+//
+// Sorted items are cut into chunks of a fixed size, so threads share the work evenly even if one group holds most of
+// the items; a group that crosses a border is put together from its partial sums, in order.
+template <class C, class Add, class Write>
+inline void sum_groups(const Groups& groups, int64_t width, Add&& add, Write&& write) {
+  constexpr int64_t chunk = 512;
+  const int64_t chunks = (groups.num_items + chunk - 1) / chunk;
+  const int64_t* starts = groups.starts.data;
+  // What a chunk adds to the group it starts in the middle of (head), and to the one it breaks off (tail).
+  Buffer<C> partial(chunks * 2 * width);
+  const auto head_of = [&](int64_t c) { return partial.data + 2 * c * width; };
+  const auto tail_of = [&](int64_t c) { return partial.data + (2 * c + 1) * width; };
+
+  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+    Buffer<C> whole(width);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = c * chunk, last = first + chunk < groups.num_items ? first + chunk : groups.num_items;
+      int64_t g = groups.group_at(first);
+      for (int64_t i = first; i < last; ++g) {
+        const bool enters = first > starts[g], leaves = last < starts[g + 1];
+        const int64_t stop = leaves ? last : starts[g + 1];
+        if (i == stop) continue;
+        C* sum = enters ? head_of(c) : leaves ? tail_of(c) : whole.data;
+        for (int64_t k = 0; k < width; ++k) sum[k] = 0;
+        for (; i < stop; ++i) add(groups.items.data[i], g, sum);
+        if (!enters && !leaves) write(g, sum);
+      }
+    }
+  });
+
+  parallel_for(groups.count, 1024, [&](int64_t begin, int64_t end) {
+    Buffer<C> sum(width);
+    for (int64_t g = begin; g < end; ++g) {
+      const bool empty = starts[g] == starts[g + 1];
+      const int64_t first = starts[g] / chunk, last = empty ? first : (starts[g + 1] - 1) / chunk;
+      if (!empty && first == last) continue;  // written above
+      for (int64_t k = 0; k < width; ++k) sum.data[k] = empty ? C(0) : tail_of(first)[k];
+      for (int64_t c = first + 1; c <= last; ++c) {
+        for (int64_t k = 0; k < width; ++k) sum.data[k] += head_of(c)[k];
+      }
+      write(g, sum.data);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace isthmus
