@@ -1,0 +1,109 @@
+"""Promises that every module of isthmus.nn keeps."""
+
+import copy
+
+import pytest
+import torch
+
+from isthmus import nn
+
+MODULES = {
+    "gaussian": lambda: nn.GaussianBottleneck(12, 6),
+    "codebook-ema": lambda: nn.VectorQuantizer(16, 12, decay=0.5, revive_below=0.5),
+    "codebook-gradient": lambda: nn.VectorQuantizer(16, 12, learning="gradient", revive_below=0.5),
+    "sparse": lambda: nn.TopKSAE(12, 40, 4, dead_after=20),
+    "bayes-weight": lambda: nn.BayesLinear(12, 6),
+    "bayes-local": lambda: nn.BayesLinear(12, 6, estimator="local"),
+}
+
+
+@pytest.fixture(params=MODULES)
+def module(request):
+    torch.manual_seed(0)
+    return MODULES[request.param]()
+
+
+def tensors(out):
+    return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+
+def objective(out):
+    return sum(tensor.float().square().mean() for tensor in tensors(out) if tensor.requires_grad)
+
+
+def train(call, module, steps=3):
+    """Outputs of a few seeded training steps; leaves the last gradients in place."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD([*module.parameters(), torch.zeros(1)], lr=1e-2)
+    outputs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = call(torch.randn(24, 12, requires_grad=True))
+        objective(out).backward()
+        optimizer.step()
+        outputs.append(tuple(tensor.detach() for tensor in tensors(out)))
+    return outputs
+
+
+def test_compiles_without_graph_break_and_trains_alike(module):
+    twin = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(train(compiled, twin), train(module, module))
+    torch.testing.assert_close(twin.state_dict(), module.state_dict())
+
+
+def test_evaluation_compiles_without_graph_break(module):
+    module.eval()
+    torch._dynamo.reset()
+    x = torch.randn(24, 12)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    actual = compiled(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(tensors(actual), tensors(module(x)))
+
+
+def test_a_copy_is_equal_and_independent(module):
+    twin = copy.deepcopy(module)
+    before = copy.deepcopy(module.state_dict())
+    first = train(twin, twin)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(train(module, module), first, rtol=0, atol=0)
+
+
+def test_state_dict_round_trip(module, request):
+    train(module, module)
+    fresh = MODULES[request.node.callspec.params["module"]]()
+    fresh.load_state_dict(module.state_dict())
+    torch.testing.assert_close(train(fresh, fresh), train(module, module), rtol=0, atol=0)
+
+
+def test_several_forwards_before_one_backward(module):
+    x = torch.randn(24, 12, requires_grad=True)
+    sum(objective(module(x)) for _ in range(3)).backward()
+    assert x.grad.isfinite().all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_autocast_trains_float32_parameters(module):
+    x = torch.randn(24, 12, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(module(x.bfloat16()))
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_half_precision_module_runs(module):
+    module.bfloat16()
+    train(lambda x: module(x.bfloat16()), module, steps=1)
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_repr_names_the_configuration(module):
+    assert "12" in repr(module)
