@@ -56,6 +56,8 @@ def topk_encode(
         (tensor([[3., 2.]]), tensor([[1, 2]]))
     """
     check_choice("activation", activation, ("relu", "identity"))
+    if x.dim() == 2:
+        return _ops.topk_encode(x, weight, bias, k, activation)
     values, indices = _ops.topk_encode(_as_rows("x", x), weight, bias, k, activation)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
@@ -91,15 +93,16 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
     """
     if values.shape != indices.shape:
         raise ValueError(f"indices has shape {list(indices.shape)}; expected {list(values.shape)}, like values")
-    rows = _as_rows("values", values), _as_rows("indices", indices)
-    out = _ops.sparse_decode(*rows, weight, bias)
+    if values.dim() == 2:
+        return _ops.sparse_decode(values, indices, weight, bias)
+    out = _ops.sparse_decode(_as_rows("values", values), _as_rows("indices", indices), weight, bias)
     return out.reshape(*values.shape[:-1], weight.shape[-1])
 
 
 def _as_rows(name: str, t: Tensor) -> Tensor:
     if t.dim() == 0:
         raise ValueError(f"{name} has shape []; expected at least one dimension")
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
