@@ -1,0 +1,163 @@
+"""Vector quantization: the nearest code, the training step, and the statistics of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import faiss
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import MODES, shapes
+from torch import Tensor
+from torch.nn import Buffer
+from vector_quantize_pytorch import VectorQuantize
+
+from isthmus import nn, ops
+
+SMALL = {"N": 1024, "K": 128, "D": 64}
+
+
+def data(shape: dict[str, int]) -> tuple[Tensor, Tensor]:
+    rows, codes, dims = shape.values()
+    return torch.randn(rows, dims), torch.randn(codes, dims)
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    return torch.addmm(codebook.square().sum(1), x, codebook.t(), alpha=-2).argmin(1)
+
+
+@shapes(
+    SMALL,
+    large=(
+        {"N": 16384, "K": 1024, "D": 64},
+        {"N": 16384, "K": 8192, "D": 64},
+        {"N": 16384, "K": 1024, "D": 256},
+    ),
+)
+def bench_vq_assign(contest, shape):
+    x, codebook = data(shape)
+    index = faiss.IndexFlatL2(shape["D"])
+    index.add(codebook.numpy())
+
+    def compare(indices: Tensor) -> tuple[Tensor, ...]:
+        """Two codes may be equally near in float32, so the distances count and not the indices."""
+        return ((x - codebook[indices]).square().sum(1),)
+
+    contest(
+        x,
+        codebook,
+        plain=nearest,
+        peer=(
+            "faiss IndexFlatL2",
+            lambda x, _: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
+        ),
+        isthmus=ops.vq_assign,
+        compare=compare,
+        flops=2 * shape["N"] * shape["K"] * shape["D"],
+    )
+
+
+def faiss_nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    return torch.from_numpy(faiss.knn(x.numpy(), codebook.numpy(), 1)[1][:, 0])
+
+
+def quantizer(search: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """The straight-through quantizer over any search for the nearest code."""
+
+    def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        indices = search(x.detach(), codebook.detach())
+        code = F.embedding(indices, codebook)
+        return x + (code - x).detach(), indices, (code - x).square().sum(-1)
+
+    return quantize
+
+
+@MODES
+@shapes(SMALL, large=({"N": 16384, "K": 1024, "D": 64},))
+def bench_vq_quantize(contest, shape, mode):
+    x, codebook = data(shape)
+
+    def compare(code: Tensor, _: Tensor, error: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return code, error, *gradients
+
+    contest(
+        x,
+        codebook,
+        plain=quantizer(nearest),
+        peer=("faiss knn", quantizer(faiss_nearest)),
+        isthmus=ops.vq_quantize,
+        compare=compare,
+        flops=2 * shape["N"] * shape["K"] * shape["D"],
+    )
+
+
+@shapes(SMALL, large=({"N": 16384, "K": 1024, "D": 64},))
+def bench_code_statistics(contest, shape):
+    rows, codes, dims = shape.values()
+
+    def one_hot(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        members = F.one_hot(indices, codes).to(x.dtype)
+        return members.sum(0), members.t() @ x
+
+    def index_add(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.bincount(indices, minlength=codes), x.new_zeros(codes, dims).index_add_(0, indices, x)
+
+    contest(
+        torch.randn(rows, dims),
+        torch.randint(codes, (rows,)),
+        plain=one_hot,
+        peer=("index_add_", index_add),
+        isthmus=lambda x, indices: ops.code_statistics(x, indices, codes),
+        compare=lambda *results: results,
+    )
+
+
+class MovingAverageQuantizer(torch.nn.Module):
+    """The training step of van den Oord et al. (2017), appendix A.1, as it is usually written."""
+
+    def __init__(self, codebook: Tensor, decay: float, commitment_weight: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.commitment_weight = commitment_weight
+        self.codebook = Buffer(codebook.clone())
+        self.counts = Buffer(torch.ones(len(codebook)))
+        self.sums = Buffer(codebook.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            indices = nearest(x, self.codebook)
+            code = F.embedding(indices, self.codebook)
+            members = F.one_hot(indices, len(self.codebook)).to(x.dtype)
+            self.counts.lerp_(members.sum(0), 1 - self.decay)
+            self.sums.lerp_(members.t() @ x, 1 - self.decay)
+            self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
+        loss = self.commitment_weight * (code - x).square().sum(-1).mean()
+        return x + (code - x).detach(), indices, loss
+
+
+@pytest.mark.parametrize("mode", ["fwd+bwd"])
+@shapes(SMALL, large=({"N": 16384, "K": 1024, "D": 64},))
+def bench_vq_training_step(contest, shape, mode):
+    """Quantize, pass the gradient back, and move the codebook by moving averages."""
+    _, codes, dims = shape.values()
+    x, codebook = data(shape)
+    weight, decay = 0.25, 0.99
+    ours = nn.VectorQuantizer(codes, dims, commitment_weight=weight, decay=decay, revive_below=0)
+    ours.codebook.copy_(codebook)
+    ours.sums.copy_(codebook)
+    # The peer averages the squared error over elements where the others sum over a vector's.
+    peer = VectorQuantize(dims, codes, decay=decay, commitment_weight=weight * dims, rotation_trick=False)
+    peer.codebook = codebook
+
+    def compare(code: Tensor, _: Tensor, loss: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
+        return code, loss, dx
+
+    contest(
+        x,
+        plain=MovingAverageQuantizer(codebook, decay, weight),
+        peer=("vector-quantize-pytorch", peer),
+        isthmus=ours,
+        compare=compare,
+        flops=2 * shape["N"] * codes * dims,
+    )
