@@ -111,13 +111,12 @@ def conditions(machine: Machine) -> str:
 
 def drawings(machine: Machine, members: list[Row]) -> str:
     links = []
-    for title, draw, memory_bound in (
-        ("memory", figures.memory, True),
-        ("arithmetic", figures.arithmetic, False),
-    ):
-        path = IMAGES / f"{machine.name}-{title}.png"
-        draw([row for row in members if row.memory_bound == memory_bound], path)
-        links.append(f"![{title} roof]({path.relative_to(PAGE.parent)})\n")
+    for title, draw, memory_bound in (("memory", figures.memory, True), ("arithmetic", figures.arithmetic, False)):
+        chosen = [row for row in members if row.memory_bound == memory_bound]
+        if chosen:  # a run of a few rows may have none of one kind
+            path = IMAGES / f"{machine.name}-{title}.png"
+            draw(chosen, path)
+            links.append(f"![{title} roof]({path.relative_to(PAGE.parent)})\n")
     return "\n".join(links)
 
 
