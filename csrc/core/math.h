@@ -214,15 +214,10 @@ ISTHMUS_INLINE f32v log1p(f32v x) {
 ISTHMUS_INLINE void sincos(f32v x, f32v& sin_x, f32v& cos_x) {
   constexpr float two_over_pi = 0x1.45f306p-1f;
   const Rounded k = round_to_integer(x * two_over_pi);
-  // r = x - k pi/2, pi/2 in parts; all but the last difference are exact or have a rounding error below that of r.
-#if defined(__FMA__) || defined(__aarch64__)
-  constexpr float half_pi[] = {0x1.921fb6p0f, -0x1.777a5cp-25f, -0x1.ee59dap-50f};
-  const f32v r = x - k.value * half_pi[0] - k.value * half_pi[1] - k.value * half_pi[2];
-#else
-  // Parts of 11 bits, so that the product with k < 2^13 is exact.
+  // r = x - k pi/2. The parts of pi/2 have 11 bits, so that their products with k < 2^13 are exact, fused or not; the
+  // last two differences are rounded to the precision of r.
   constexpr float half_pi[] = {0x1.92p0f, 0x1.fb4p-12f, 0x1.444p-24f, 0x1.68c234p-39f};
   const f32v r = x - k.value * half_pi[0] - k.value * half_pi[1] - k.value * half_pi[2] - k.value * half_pi[3];
-#endif
   // (sin r - r) / r^3 and (cos r - 1) / r^2 in r^2 on |r| <= pi/4, relative to sin and cos: errors 2^-27.9, 2^-33.0.
   constexpr float s[] = {-0x1.555546p-3f, 0x1.110778p-7f, -0x1.9954p-13f};
   constexpr float c[] = {1.0f, -0x1p-1f, 0x1.55554ap-5f, -0x1.6c0c28p-10f, 0x1.99e80cp-16f};
