@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "core/noise.h"
+#include "noise_reference.h"
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
@@ -65,15 +66,6 @@ void test_uniforms_lie_in_half_open_interval() {
 
 // ---- normals -------------------------------------------------------------------------------------------------------
 
-// The definition, evaluated in double from the float uniform and the float angle.
-double normal_by_definition(const Key& key, int64_t index) {
-  const Words words = philox(key.seed, key.offset + static_cast<uint64_t>(index / 4));
-  const int lane = static_cast<int>(index % 4);
-  const double radius = std::sqrt(-2 * std::log(static_cast<double>(uniform(words.w[lane / 2 * 2]))));
-  volatile float angle = two_pi_f * uniform(words.w[lane / 2 * 2 + 1]);
-  return radius * (lane % 2 == 0 ? std::cos(static_cast<double>(angle)) : std::sin(static_cast<double>(angle)));
-}
-
 double ulps_between(float got, double want) {
   int exponent = -125;
   if (want != 0) std::frexp(want, &exponent);
@@ -85,10 +77,11 @@ void test_normals_follow_the_definition() {
   double worst = 0;
   for (const Stream& stream : streams) {
     const Key key = key_of(stream);
+    const NoiseReference reference = {{stream.seed, stream.offset}};
     static float normals[1 << 18];
     fill_normal(key, 0, 1 << 18, normals);
     for (int64_t i = 0; i < (1 << 18); ++i) {
-      const double want = normal_by_definition(key, i), error = ulps_between(normals[i], want);
+      const double want = reference(DType::f32, i), error = ulps_between(normals[i], want);
       if (error > worst) worst = error;
       CHECK_THAT(error <= bound, "normal %ld is %.9g, expected %.9g", static_cast<long>(i),
                  static_cast<double>(normals[i]), want);
