@@ -1,6 +1,7 @@
 // Scratch memory of a kernel, aligned to the cache line and freed with its scope.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <new>
 

@@ -49,10 +49,12 @@ struct alignas(16) Slice {
   template <class T>
   static __device__ __forceinline__ void fetch(const MatrixRows<T>& rows, int64_t depth, int y, int x,
                                                C (&values)[per_thread<C>]) {
+    const int64_t left = rows.count - rows.first - y;
+    const T* p = rows.matrix + (rows.first + y) * rows.depth + depth + x;
 #pragma unroll
     for (int i = 0; i < per_thread<C>; ++i) {
-      const int64_t row = rows.first + y + i * block_side, k = depth + x;
-      values[i] = row < rows.count && k < rows.depth ? to_compute(rows.matrix[row * rows.depth + k]) : C(0);
+      const bool exists = i * block_side < left && depth + x < rows.depth;
+      values[i] = exists ? to_compute(p[i * block_side * rows.depth]) : C(0);
     }
   }
   __device__ __forceinline__ void put(int y, int x, const C (&values)[per_thread<C>]) {
@@ -83,24 +85,16 @@ __device__ __forceinline__ void multiply_tiles(const MatrixRows<T>& a, const Mat
                                                C (&products)[per_thread<C>][per_thread<C>]) {
   constexpr int n = per_thread<C>;
   const int x = threadIdx.x % block_side, y = threadIdx.x / block_side;
-  C next_a[n], next_b[n];
-  const auto fetch = [&](int64_t depth) {
-    Slice<C>::fetch(a, depth, y, x, next_a);
-    Slice<C>::fetch(b, depth, y, x, next_b);
-  };
-  const auto put = [&](int buffer) {
-    slices.a[buffer].put(y, x, next_a);
-    slices.b[buffer].put(y, x, next_b);
-  };
-  fetch(0);
-  put(0);
+  C next[n];
+  Slice<C>::fetch(a, 0, y, x, next);
+  slices.a[0].put(y, x, next);
+  Slice<C>::fetch(b, 0, y, x, next);
+  slices.b[0].put(y, x, next);
   __syncthreads();
   int buffer = 0;
-  for (int64_t depth = 0; depth < a.depth; depth += depth_slice) {
-    const bool more = depth + depth_slice < a.depth;
-    if (more) fetch(depth + depth_slice);
+  const auto multiply = [&](int first_step) {
 #pragma unroll
-    for (int k = 0; k < depth_slice; ++k) {
+    for (int k = first_step; k < first_step + depth_slice / 2; ++k) {
       C from_a[n], from_b[n];
       slices.a[buffer].read(k, y, from_a);
       slices.b[buffer].read(k, x, from_b);
@@ -110,8 +104,19 @@ __device__ __forceinline__ void multiply_tiles(const MatrixRows<T>& a, const Mat
         for (int c = 0; c < n; ++c) products[r][c] += from_a[r] * from_b[c];
       }
     }
-    // The other buffer was last read before the barrier that ended the previous round.
-    if (more) put(buffer ^ 1);
+  };
+  for (int64_t depth = 0; depth < a.depth; depth += depth_slice) {
+    const bool more = depth + depth_slice < a.depth;
+    // One operand travels during each half of the arithmetic: half the registers for data in flight. The other buffer
+    // was last read before the barrier that ended the previous round.
+    if (more) Slice<C>::fetch(a, depth + depth_slice, y, x, next);
+    multiply(0);
+    if (more) {
+      slices.a[buffer ^ 1].put(y, x, next);
+      Slice<C>::fetch(b, depth + depth_slice, y, x, next);
+    }
+    multiply(depth_slice / 2);
+    if (more) slices.b[buffer ^ 1].put(y, x, next);
     __syncthreads();
     buffer ^= 1;
   }

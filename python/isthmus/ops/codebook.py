@@ -120,7 +120,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
                 [0.],
                 [5.]]))
     """
-    return _ops.code_statistics(x.detach(), indices, num_codes)
+    return _ops.code_statistics(x, indices, num_codes)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -166,6 +166,14 @@ def _quantize_backward(ctx, grad_quantized, _, grad_error):
     return *grads, None
 
 
+def _statistics_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output)
+
+
+def _statistics_backward(ctx, *grads):
+    return None, None, None
+
+
 def _quantize_gradients(grad_quantized, grad_error, x, codebook, indices, commitment_weight):
     def quantize(x, codebook):
         quantized, _, error = reference.vq_quantize(x, codebook, commitment_weight=commitment_weight, indices=indices)
@@ -175,6 +183,7 @@ def _quantize_gradients(grad_quantized, grad_error, x, codebook, indices, commit
 
 
 torch.library.register_autograd("isthmus::vq_quantize", _quantize_backward, setup_context=_quantize_setup)
+torch.library.register_autograd("isthmus::code_statistics", _statistics_backward, setup_context=_statistics_setup)
 register_second_order("vq_quantize_backward", _quantize_gradients)
 
 for _name in ("vq_assign", "vq_quantize"):

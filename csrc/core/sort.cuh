@@ -1,0 +1,187 @@
+// Items grouped by an integer index on CUDA: what core/sort.h does on the CPU, by CUB's stable radix sort. Sums over a
+// group run in item order, in chunks of a fixed size: the same bits every time, without float atomics.
+//
+// Nothing waits for the device. An index out of range stops it with a message, as torch's own indexing does.
+#pragma once
+
+#include <cstdio>
+#include <cub/device/device_radix_sort.cuh>
+
+#include "core/launch.cuh"
+
+namespace isthmus::cuda {
+namespace {
+
+// Hands out parts of one block of memory. With a null base it only measures.
+struct Arena {
+  uintptr_t base;
+  int64_t used = 0;
+
+  explicit Arena(void* base_) : base(reinterpret_cast<uintptr_t>(base_)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t alignment = 256;
+    T* part = reinterpret_cast<T*>(base + static_cast<uintptr_t>(used));
+    used += divide_up(count * static_cast<int64_t>(sizeof(T)), alignment) * alignment;
+    return part;
+  }
+};
+
+constexpr int sort_threads = 128;
+
+__global__ void __launch_bounds__(sort_threads)
+    number_items_kernel(const int64_t* index, int64_t num_items, int64_t groups, int64_t* numbers) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * sort_threads + threadIdx.x;
+  if (i >= num_items) return;
+  if (index[i] < 0 || index[i] >= groups) {
+    printf("isthmus: indices holds %lld; expected 0 <= index < %lld\n", static_cast<long long>(index[i]),
+           static_cast<long long>(groups));
+    __trap();
+  }
+  numbers[i] = i;
+}
+
+// starts[g] = the first position whose key is at least g, for g = 0 … groups.
+__global__ void __launch_bounds__(sort_threads)
+    find_starts_kernel(const int64_t* keys, int64_t num_items, int64_t groups, int64_t* starts) {
+  const int64_t g = static_cast<int64_t>(blockIdx.x) * sort_threads + threadIdx.x;
+  if (g > groups) return;
+  int64_t low = 0, high = num_items;  // keys before low are below g, keys from high on are not
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (keys[middle] < g) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  starts[g] = low;
+}
+
+// Group g holds items[starts[g]] … items[starts[g + 1] - 1], ascending; keys[p] is the group of the item at position p.
+struct Groups {
+  int64_t count, num_items;
+  int64_t *numbers, *keys, *items, *starts;
+  void* temporary;
+  size_t temporary_bytes = 0;
+
+  // Lays out the memory; nothing is launched.
+  Groups(int64_t num_items_, int64_t count_, Arena& arena) : count(count_), num_items(num_items_) {
+    numbers = arena.take<int64_t>(num_items);
+    keys = arena.take<int64_t>(num_items);
+    items = arena.take<int64_t>(num_items);
+    starts = arena.take<int64_t>(count + 1);
+    radix_sort(nullptr, nullptr, temporary_bytes, nullptr);
+    temporary = arena.take<char>(static_cast<int64_t>(temporary_bytes));
+  }
+
+  void sort(const int64_t* index, void* stream) {
+    launch("number_items", number_items_kernel, divide_up(num_items, sort_threads), sort_threads, 0, stream, index,
+           num_items, count, numbers);
+    if (num_items > 0) radix_sort(index, temporary, temporary_bytes, stream);
+    launch("find_starts", find_starts_kernel, divide_up(count + 1, sort_threads), sort_threads, 0, stream, keys,
+           num_items, count, starts);
+  }
+
+ private:
+  // With null memory it stores the size it needs.
+  void radix_sort(const int64_t* index, void* memory, size_t& bytes, void* stream) {
+    int end_bit = 1;
+    while (end_bit < 63 && (int64_t{1} << end_bit) < count) ++end_bit;
+    check(cub::DeviceRadixSort::SortPairs(memory, bytes, index, keys, numbers, items, num_items, 0, end_bit,
+                                          static_cast<cudaStream_t>(stream)),
+          "radix sort");
+  }
+};
+
+// ---- sums over groups ----------------------------------------------------------------------------------------------
+
+// What GroupSums needs of the caller, on the device and by value:
+//     using Number = …;
+//     Number share(int64_t item, int64_t group, int64_t column)       what an item adds to its group
+//     void write(int64_t group, int64_t column, Number sum)          receives each sum once; zero for an empty group
+
+constexpr int64_t items_per_chunk = 32;
+
+struct GroupSumsLayout {
+  Groups groups;
+  int64_t width, chunks;
+  int columns;  // threads that share a chunk, one column each at a time; a power of two
+  void*
+      partial;  // [chunks][2][width]: sums of the group that a chunk enters in the middle, and of the one it breaks off
+};
+
+template <class Body>
+__global__ void __launch_bounds__(sort_threads) sum_chunks_kernel(GroupSumsLayout layout, Body body) {
+  using C = typename Body::Number;
+  const Groups& groups = layout.groups;
+  const int64_t teams = sort_threads / layout.columns;
+  const int64_t chunk = blockIdx.x * teams + threadIdx.x / layout.columns;
+  if (chunk >= layout.chunks) return;
+  const int64_t first = chunk * items_per_chunk;
+  const int64_t last = first + items_per_chunk < groups.num_items ? first + items_per_chunk : groups.num_items;
+  C* head = static_cast<C*>(layout.partial) + 2 * chunk * layout.width;
+  C* tail = head + layout.width;
+  for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
+    for (int64_t i = first; i < last;) {
+      const int64_t g = groups.keys[i], end = groups.starts[g + 1];
+      const bool enters = groups.starts[g]<first, leaves = end> last;
+      const int64_t stop = leaves ? last : end;
+      C sum = 0;
+#pragma unroll 4
+      for (; i < stop; ++i) sum += body.share(groups.items[i], g, k);
+      if (enters) {
+        head[k] = sum;
+      } else if (leaves) {
+        tail[k] = sum;
+      } else {
+        body.write(g, k, sum);
+      }
+    }
+  }
+}
+
+// Groups that lie in several chunks, and those that are empty.
+template <class Body>
+__global__ void __launch_bounds__(sort_threads) sum_rest_kernel(GroupSumsLayout layout, Body body) {
+  using C = typename Body::Number;
+  const Groups& groups = layout.groups;
+  const int64_t teams = sort_threads / layout.columns;
+  const int64_t g = blockIdx.x * teams + threadIdx.x / layout.columns;
+  if (g >= groups.count) return;
+  const int64_t begin = groups.starts[g], end = groups.starts[g + 1];
+  const bool empty = begin == end;
+  const int64_t first = begin / items_per_chunk, last = empty ? first : (end - 1) / items_per_chunk;
+  if (!empty && first == last) return;  // written by sum_chunks_kernel
+  const C* partial = static_cast<const C*>(layout.partial);
+  for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
+    C sum = empty ? C(0) : partial[(2 * first + 1) * layout.width + k];
+#pragma unroll 4
+    for (int64_t c = first + 1; c <= last; ++c) sum += partial[2 * c * layout.width + k];
+    body.write(g, k, sum);
+  }
+}
+
+// Lays out its memory when made; run() sorts and sums.
+template <class C>
+struct GroupSums : GroupSumsLayout {
+  GroupSums(int64_t num_items, int64_t count, int64_t width_, Arena& arena)
+      : GroupSumsLayout{Groups(num_items, count, arena), width_, divide_up(num_items, items_per_chunk), 1, nullptr} {
+    while (columns < sort_threads && columns < width) columns *= 2;
+    partial = arena.take<C>(2 * chunks * width);
+  }
+
+  template <class Body>
+  void run(const int64_t* index, const Body& body, void* stream) {
+    static_assert(std::is_same_v<typename Body::Number, C>);
+    groups.sort(index, stream);
+    const int64_t teams = sort_threads / columns;
+    const GroupSumsLayout& layout = *this;
+    launch("sum_chunks", sum_chunks_kernel<Body>, divide_up(chunks, teams), sort_threads, 0, stream, layout, body);
+    launch("sum_rest", sum_rest_kernel<Body>, divide_up(groups.count, teams), sort_threads, 0, stream, layout, body);
+  }
+};
+
+}  // namespace
+}  // namespace isthmus::cuda
