@@ -6,6 +6,7 @@
 
 #include "core/buffer.h"
 #include "core/parallel.h"
+#include "core/tiles.h"
 
 namespace isthmus {
 namespace {
@@ -83,7 +84,7 @@ inline void sum_groups(const Groups& groups, int64_t width, Add&& add, Write&& w
   const auto head_of = [&](int64_t c) { return partial.data + 2 * c * width; };
   const auto tail_of = [&](int64_t c) { return partial.data + (2 * c + 1) * width; };
 
-  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(chunks, grain_elements / (chunk * width + 1) + 1, [&](int64_t begin, int64_t end) {
     Buffer<C> whole(width);
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * chunk, last = first + chunk < groups.num_items ? first + chunk : groups.num_items;
