@@ -1,5 +1,5 @@
-// Every op of the library: the table of contents. Each family registers its kernels from csrc/<family>/op.cpp; gradients,
-// fake kernels, batching and autocast rules are in python/isthmus/ops/<family>.py.
+// Every op of the library: the table of contents. Each family registers its kernels from csrc/<family>/op.cpp;
+// gradients, fake kernels, batching and autocast rules are in python/isthmus/ops/<family>.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -192,14 +192,14 @@ struct CudaScope {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
 };
-#define ISTHMUS_LAUNCH(tensor, family, kernel, args)           \
-  do {                                                         \
-    if ((tensor).is_cuda()) {                                  \
-      const CudaScope scope(tensor);                           \
-      cuda::family##_##kernel(args, scope.stream);             \
-    } else {                                                   \
-      family##_kernels().kernel(args);                         \
-    }                                                          \
+#define ISTHMUS_LAUNCH(tensor, family, kernel, args) \
+  do {                                               \
+    if ((tensor).is_cuda()) {                        \
+      const CudaScope scope(tensor);                 \
+      cuda::family##_##kernel(args, scope.stream);   \
+    } else {                                         \
+      family##_kernels().kernel(args);               \
+    }                                                \
   } while (0)
 #else
 #define ISTHMUS_LAUNCH(tensor, family, kernel, args) family##_kernels().kernel(args)

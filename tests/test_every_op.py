@@ -156,16 +156,18 @@ def scalar_function(case: Case):
     return function, [fixed[name].requires_grad_() for name in case.differentiable]
 
 
-smooth_case = pytest.mark.parametrize("case", [c for c in CASES if c.differentiable and c.smooth], ids=str)
+SMOOTH = [c for c in CASES if c.differentiable and c.smooth]
 
 
-@smooth_case
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
 def test_gradients(case):
     function, leaves = scalar_function(case)
     assert torch.autograd.gradcheck(function, leaves, fast_mode=False, atol=1e-6)
 
 
-@smooth_case
+# The squared error of vq_quantize holds the code constant in the encoder's gradient and the other way round, so its
+# second derivatives are not those of its value; tests/ops/test_codebook.py has them.
+@pytest.mark.parametrize("case", [c for c in SMOOTH if c.op is not isthmus.ops.vq_quantize], ids=str)
 def test_second_derivatives(case):
     function, leaves = scalar_function(case)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, atol=1e-5)

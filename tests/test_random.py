@@ -15,9 +15,7 @@ devices = pytest.mark.parametrize(
     "device",
     [
         "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-        ),
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
     ],
 )
 
@@ -111,9 +109,7 @@ def test_split_and_fold_in_known_answers(device):
 def test_key_split_and_fold_in_equal_torch(device):
     from torch.func import _random as torch_random
 
-    ours = torch.stack(
-        torch.meshgrid(torch.tensor(CORNERS), torch.tensor(CORNERS), indexing="ij"), dim=-1
-    ).to(device)
+    ours = torch.stack(torch.meshgrid(torch.tensor(CORNERS), torch.tensor(CORNERS), indexing="ij"), dim=-1).to(device)
     theirs = ours.view(torch.uint64)
     assert torch.equal(split(ours, 5).view(torch.uint64), torch_random.split(theirs, 5))
     for n in [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63)]:

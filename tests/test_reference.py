@@ -113,9 +113,7 @@ def test_half_noise_equals_torch_but_for_rounding_across_a_tie(half):
     assert (noise == theirs).double().mean() > 0.999
 
 
-@pytest.mark.parametrize(
-    ("dtype", "lanes"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 2)]
-)
+@pytest.mark.parametrize(("dtype", "lanes"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 2)])
 def test_one_step_of_offset_skips_one_block(dtype, lanes):
     for offset in (0, 2**32 - 2, 2**63 - 2, -2):
         blocks = [offset + step for step in range(3)]
@@ -181,9 +179,7 @@ def test_sample_is_mean_plus_scaled_noise(rand, scale_type, num_samples):
 
 def test_softplus_keeps_float64_accuracy_where_torch_switches_to_the_identity():
     scale = torch.tensor([21.0, 30.0], dtype=torch.float64)
-    z = reference.gaussian_sample(
-        torch.zeros_like(scale), scale, scale_type="softplus", noise=torch.ones_like(scale)
-    )
+    z = reference.gaussian_sample(torch.zeros_like(scale), scale, scale_type="softplus", noise=torch.ones_like(scale))
     expected = [float(mpmath.log(1 + mpmath.exp(s))) for s in (21, 30)]
     assert z.tolist() == pytest.approx(expected, rel=1e-15)
 
@@ -220,9 +216,7 @@ def test_kl_equals_torch_distributions(rand, scale_type):
             "sum": expected.sum(),
             "mean": expected.sum(-1).mean(),
         }.items():
-            kl = reference.gaussian_kl(
-                mean, scale, *prior, scale_type=scale_type, reduction=reduction
-            )
+            kl = reference.gaussian_kl(mean, scale, *prior, scale_type=scale_type, reduction=reduction)
             torch.testing.assert_close(kl, reduced)
 
 
@@ -342,9 +336,7 @@ def test_quantize_gradients_follow_the_stop_gradient_rule(rand, weight):
 
 def test_squared_error_with_full_commitment_is_an_ordinary_function(rand):
     indices = torch.tensor([0, 2, 2, 4])
-    assert gradcheck(
-        lambda x, c: reference.vq_quantize(x, c, indices=indices)[2], (rand(4, 3), rand(5, 3))
-    )
+    assert gradcheck(lambda x, c: reference.vq_quantize(x, c, indices=indices)[2], (rand(4, 3), rand(5, 3)))
 
 
 def test_code_statistics_equal_a_loop(rand):
@@ -374,9 +366,7 @@ def test_topk_equals_brute_force_with_ties(activation, k):
     features = x @ weight.T + bias
     if activation == "relu":
         features = features.clamp(min=0)
-    for row, found, chosen in zip(
-        features.tolist(), values.tolist(), indices.tolist(), strict=True
-    ):
+    for row, found, chosen in zip(features.tolist(), values.tolist(), indices.tolist(), strict=True):
         assert (found, chosen) == brute_topk(row, k)
 
 
@@ -478,9 +468,7 @@ def test_bayes_gradients(rand, estimator):
     bias_noise = rand(4).detach()
 
     def f(*inputs):
-        return reference.bayes_linear(
-            *inputs, estimator=estimator, noise=noise, bias_noise=bias_noise
-        )
+        return reference.bayes_linear(*inputs, estimator=estimator, noise=noise, bias_noise=bias_noise)
 
     for count in (3, 4, 5):  # no bias, an ordinary bias, a sampled bias
         assert gradcheck(f, inputs[:count]) and gradgradcheck(f, inputs[:count])

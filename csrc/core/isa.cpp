@@ -24,11 +24,9 @@ std::atomic<int> chosen{unresolved};
 bool supports(Isa isa) {
 #if defined(__x86_64__)
   // These built-ins also ask the operating system whether it saves the wide registers.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case Isa::baseline:
       return true;
@@ -118,8 +116,7 @@ Isa current_isa() {
 void set_isa(Isa isa) {
   if (!supports(isa)) {
     throw std::invalid_argument("instruction set level '" + std::string(isa_name(isa)) +
-                                "' is not available on this CPU; available: " +
-                                names_of(available_isas()));
+                                "' is not available on this CPU; available: " + names_of(available_isas()));
   }
   chosen.store(static_cast<int>(isa), std::memory_order_relaxed);
 }

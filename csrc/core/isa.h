@@ -49,25 +49,25 @@ struct IsaTables {
 // In kernels.h: declares <family>_kernels(), the table of the level in use. csrc/<family>/cpu_<level>.cpp defines the
 // tables by compiling cpu.inl with ISTHMUS_LEVEL set.
 #if defined(__x86_64__)
-#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                                                          \
-  namespace baseline {                                                                                    \
-  extern const Kernels family##_table;                                                                    \
-  }                                                                                                       \
-  namespace avx2 {                                                                                        \
-  extern const Kernels family##_table;                                                                    \
-  }                                                                                                       \
-  namespace avx512 {                                                                                      \
-  extern const Kernels family##_table;                                                                    \
-  }                                                                                                       \
-  inline const Kernels& family##_kernels() {                                                              \
-    return IsaTables<Kernels>{baseline::family##_table, avx2::family##_table, avx512::family##_table,     \
-                              avx512::family##_table}                                                     \
-        .current();                                                                                       \
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                                                      \
+  namespace baseline {                                                                                \
+  extern const Kernels family##_table;                                                                \
+  }                                                                                                   \
+  namespace avx2 {                                                                                    \
+  extern const Kernels family##_table;                                                                \
+  }                                                                                                   \
+  namespace avx512 {                                                                                  \
+  extern const Kernels family##_table;                                                                \
+  }                                                                                                   \
+  inline const Kernels& family##_kernels() {                                                          \
+    return IsaTables<Kernels>{baseline::family##_table, avx2::family##_table, avx512::family##_table, \
+                              avx512::family##_table}                                                 \
+        .current();                                                                                   \
   }
 #else
-#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                        \
-  namespace baseline {                                                  \
-  extern const Kernels family##_table;                                  \
-  }                                                                     \
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family) \
+  namespace baseline {                           \
+  extern const Kernels family##_table;           \
+  }                                              \
   inline const Kernels& family##_kernels() { return baseline::family##_table; }
 #endif

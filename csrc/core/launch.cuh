@@ -1,5 +1,5 @@
-// What every CUDA kernel file shares: launch with an error check, dtype dispatch with the device's own half types, loads
-// of 16 bytes, reductions in a fixed order. Torch-free, so nvcc compiles it on a machine without a GPU.
+// What every CUDA kernel file shares: launch with an error check, dtype dispatch with the device's own half types,
+// loads of 16 bytes, reductions in a fixed order. Torch-free, so nvcc compiles it on a machine without a GPU.
 //
 // Indices are int64 throughout; the caller has made the tensor's device current.
 #pragma once

@@ -13,8 +13,7 @@ namespace {
 
 struct Key {
   uint64_t seed, offset;
-  explicit Key(const int64_t* words)
-      : seed(static_cast<uint64_t>(words[0])), offset(static_cast<uint64_t>(words[1])) {}
+  explicit Key(const int64_t* words) : seed(static_cast<uint64_t>(words[0])), offset(static_cast<uint64_t>(words[1])) {}
 };
 
 // Philox on 64-bit lanes: a word sits in the low half of its lane, where the multiplier reads it, and the high half

@@ -70,7 +70,7 @@ using Mask = typename VecOf<C>::mask;
 
 template <class C>
 ISTHMUS_INLINE Vec<C> splat(C value) {
-  return Vec<C>{} + value;
+  return value - Vec<C>{};  // unlike +, keeps a negative zero and costs nothing
 }
 
 // 0, 1, 2, … in the integer type of the comparison masks.
@@ -110,16 +110,14 @@ ISTHMUS_INLINE f32v widen(const Half* p) {
   return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 ISTHMUS_INLINE void narrow(Half* p, f32v value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
 ISTHMUS_INLINE f32v widen(const Half* p) {
   return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 ISTHMUS_INLINE void narrow(Half* p, f32v value) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // Without F16C: move exponent and mantissa into place and let one multiplication by 2^112 rebias normal and

@@ -152,9 +152,8 @@ void sample(const GaussianSample& args) {
     dispatch_scale(args.scale_type, [&]<ScaleType S>() {
       const RowTiles tiles(args.rows, args.cols);
       RowSums<Compute<T>> kl(tiles, args.kl);
-      parallel_for(tiles.items, tiles.grain(), [&](int64_t begin, int64_t end) {
-        Forward<T, S>{args}.run(tiles, begin, end, kl.partial);
-      });
+      parallel_for(tiles.items, tiles.grain(),
+                   [&](int64_t begin, int64_t end) { Forward<T, S>{args}.run(tiles, begin, end, kl.partial); });
       kl.finish();
     });
   });

@@ -215,8 +215,8 @@ void gaussian_sample(const GaussianSample& args, void* stream) {
         constexpr int width = decltype(tag)::width;
         if (args.kl == nullptr) {
           const int64_t threads = divide_up(args.rows * args.cols, width);
-          launch("gaussian_sample", sample_flat_kernel<T, S, width>, divide_up(threads, block_threads), block_threads, 0,
-                 stream, args);
+          launch("gaussian_sample", sample_flat_kernel<T, S, width>, divide_up(threads, block_threads), block_threads,
+                 0, stream, args);
         } else if (args.cols < wide_row) {
           launch("gaussian_sample_kl", sample_rows_kernel<T, S, width, warp_size>,
                  divide_up(args.rows, block_threads / warp_size), block_threads, 0, stream, args);

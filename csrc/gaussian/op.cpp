@@ -1,7 +1,7 @@
 // Host entries of the gaussian family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
-#include "gaussian/kernels.h"
 #include "op.h"
+#include "gaussian/kernels.h"
 
 namespace isthmus {
 namespace {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-import isthmus._load  # isort: split
+import isthmus._load  # noqa: F401  isort: split
 from isthmus import _C, nn, ops
 from isthmus.random import fold_in, key, split
 

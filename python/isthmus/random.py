@@ -61,9 +61,7 @@ def key(
             raise ValueError(f"key: give seed or generator, not both (seed={seed})")
         device = _device_of(generator, device)
     if seed is None:
-        return torch.randint(
-            0, _DRAW_LIMIT, (2,), dtype=torch.int64, device=device, generator=generator
-        )
+        return torch.randint(0, _DRAW_LIMIT, (2,), dtype=torch.int64, device=device, generator=generator)
     # Filling on the device needs no copy from the host, so this also works in a CUDA graph.
     made = torch.zeros(2, dtype=torch.int64, device=device)
     made[0].fill_(_as_int64("key: seed", seed))
@@ -96,9 +94,7 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
     if not isinstance(n, Tensor):
         return _children(key, _as_int64("fold_in: n", n))
     if n.numel() != 1 or n.is_floating_point() or n.is_complex() or n.dtype == torch.bool:
-        raise ValueError(
-            f"fold_in: n is a {n.dtype} tensor of shape {list(n.shape)}; expected one integer"
-        )
+        raise ValueError(f"fold_in: n is a {n.dtype} tensor of shape {list(n.shape)}; expected one integer")
     return _children(key, n.reshape(()).to(torch.int64))
 
 
@@ -185,7 +181,5 @@ def _device_of(generator: torch.Generator, device: torch.device | str | None) ->
     if device is None:
         return generator.device
     if torch.device(device).type != generator.device.type:
-        raise ValueError(
-            f"key: generator is on {generator.device}; expected one on device {device}"
-        )
+        raise ValueError(f"key: generator is on {generator.device}; expected one on device {device}")
     return device

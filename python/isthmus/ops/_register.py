@@ -24,7 +24,7 @@ def register_vmap_by_loop(name: str) -> None:
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         def entry(i: int) -> Any:
-            chosen = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+            chosen = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
             result = op(*chosen)
             return result if isinstance(result, tuple) else (result,)
 

@@ -31,9 +31,7 @@ def standard_deviation(scale: Tensor, scale_type: str) -> Tensor:
         return torch.logaddexp(scale, torch.zeros_like(scale))
     if scale_type == "square":
         return scale.square()
-    raise ValueError(
-        f"scale_type is {scale_type!r}; expected 'logvar', 'std', 'softplus' or 'square'"
-    )
+    raise ValueError(f"scale_type is {scale_type!r}; expected 'logvar', 'std', 'softplus' or 'square'")
 
 
 def log_standard_deviation(scale: Tensor, scale_type: str) -> Tensor:

@@ -138,9 +138,7 @@ def gaussian_sample_kl(
         temperature=temperature,
         noise=noise,
     )
-    kl = gaussian_kl(
-        mean, scale, prior_mean, prior_scale, scale_type=scale_type, reduction=reduction
-    )
+    kl = gaussian_kl(mean, scale, prior_mean, prior_scale, scale_type=scale_type, reduction=reduction)
     return z, kl
 
 

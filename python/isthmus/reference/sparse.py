@@ -65,9 +65,7 @@ def topk_encode(
     return values.to(x.dtype), indices
 
 
-def sparse_decode(
-    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum of ``values[..., j] * weight[indices[..., j]]`` over j, plus ``bias``.
 
     An index that occurs twice counts twice. Gradients flow to ``values``, ``weight`` and
