@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: $(VENV)/.built
-	$(BIN)/pip install --quiet -e '.[bench]' --no-build-isolation
+	$(BIN)/python cmake/extras.py bench | xargs $(BIN)/pip install --quiet
 	$(BIN)/python bench/run.py
 
 # Every kernel for both architectures. A GPU is not needed; nvcc is.
