@@ -20,6 +20,15 @@ from isthmus.cli.demo import digits, measure, plain
 from isthmus.cli.demo.systems import SYSTEMS, Part
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On a machine shared with other jobs, two threads that wait for each other take longer than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data():
     return digits.load()
@@ -122,8 +131,6 @@ def test_gaussian_bottleneck_keeps_a_key_for_backward(systems):
 
 
 def test_quick_demo_writes_a_whole_report(tmp_path):
-    # On a machine shared with other jobs, two threads that wait for each other take longer than one.
-    torch.set_num_threads(1)
     out = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(out)])
     assert result.exit_code == 0, result.output

@@ -13,6 +13,15 @@ from isthmus.models import VAE, VQVAE, BayesClassifier, SparseAutoencoder
 SIDE = 8
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On a machine shared with other jobs, two threads that wait for each other take longer than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     """Bars at 64 positions and angles: structured, so every model has something to learn."""
@@ -67,8 +76,6 @@ def _small_vq_vae():
 
 @pytest.mark.parametrize("make", [_vae, _vq_vae, _sparse, _bayes])
 def test_training_lowers_the_loss(make, images):
-    # On a machine shared with other jobs, two threads that wait for each other take longer than one.
-    torch.set_num_threads(1)
     model, loss = make(images)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     before = loss().item()

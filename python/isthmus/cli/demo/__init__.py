@@ -10,6 +10,7 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
@@ -29,6 +30,9 @@ def run(out: Path, *, quick: bool, seed: int) -> None:
     """Train everything, print the table, write the report."""
     if not out.parent.is_dir():
         raise SystemExit(f"Cannot write {out}: {out.parent} is not a directory.")
+    # Threads of one process wait for each other at every op: with any other work on the machine two are slower than
+    # one, and what would be timed is the scheduler.
+    torch.set_num_threads(1)
     console = Console()
     machine = facts()
     console.print(f"Isthmus {machine['isthmus']} ({machine['ISA in use']}), {machine['CPU']}\n")

@@ -50,7 +50,7 @@ def notes(runs: int) -> list[str]:
         "differs. The scores agree when they differ by less than the number in brackets, which "
         "chance alone exceeds in 1 of 100 comparisons, judged by the spread between runs.",
         "Training step: median over all steps of forward, backward and optimizer. The sides take "
-        "turns, so both meet the same machine. Encoder, decoder and optimizer are the same.",
+        "turns, on one thread, so both meet the same machine. Encoder, decoder and optimizer are the same.",
         "Bottleneck: median time of forward and backward of the part that differs.",
         "Saved for backward: bytes that autograd keeps for the backward of that part, seen by "
         "torch.autograd.graph.saved_tensors_hooks. Its inputs, parameters and buffers are in "

@@ -79,9 +79,12 @@ def train(system: System, steps: int, seeds: Sequence[int], progress: Progress) 
         for side in outcome.sides.values():
             side.losses.append([])
         batches = torch.Generator().manual_seed(seed)
+        turns = list(outcome.sides.items())
         for _ in range(steps):
             rows = torch.randint(len(system.digits.train), (system.batch_size,), generator=batches)
-            for name, side in outcome.sides.items():
+            # Whoever goes second finds the batch in the cache: take turns at that, too.
+            turns.reverse()
+            for name, side in turns:
                 start = time.perf_counter()
                 loss = system.loss(models[name], rows)
                 optimizers[name].zero_grad()
