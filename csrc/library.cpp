@@ -11,7 +11,10 @@ using torch::stable::detail::StableLibrary;
 namespace isthmus {
 
 void register_gaussian(StableLibrary&);
+void register_likelihood(StableLibrary&);
 void register_divergence(StableLibrary&);
+void register_pairwise(StableLibrary&);
+void register_categorical(StableLibrary&);
 void register_codebook(StableLibrary&);
 void register_sparse(StableLibrary&);
 void register_bayes(StableLibrary&);
@@ -30,6 +33,12 @@ void define_schemas(StableLibrary& m) {
   // divergence
   m.def("gaussian_kl(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> Tensor");
   m.def("gaussian_kl_backward(Tensor grad, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // likelihood
+
+  // pairwise
+
+  // categorical
 
   // codebook
   m.def("vq_assign(Tensor x, Tensor codebook) -> Tensor");
@@ -52,7 +61,10 @@ void define_schemas(StableLibrary& m) {
 // One implementation serves every device: the host entry looks at its tensors and picks the kernel.
 void register_kernels(StableLibrary& m) {
   register_gaussian(m);
+  register_likelihood(m);
   register_divergence(m);
+  register_pairwise(m);
+  register_categorical(m);
   register_codebook(m);
   register_sparse(m);
   register_bayes(m);

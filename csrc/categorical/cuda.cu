@@ -1,0 +1,2 @@
+#include "categorical/kernels.h"
+#include "core/launch.cuh"

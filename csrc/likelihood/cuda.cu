@@ -1,0 +1,2 @@
+#include "core/launch.cuh"
+#include "likelihood/kernels.h"

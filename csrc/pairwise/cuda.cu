@@ -1,0 +1,2 @@
+#include "core/launch.cuh"
+#include "pairwise/kernels.h"

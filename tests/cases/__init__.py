@@ -1,0 +1,25 @@
+"""One case for each way of calling a public op: small inputs, options, and the reference it must equal.
+
+The generic tests (test_every_op.py) run over all of them; what is particular to a family stands in tests/ops/.
+"""
+
+from cases.bayes import bayes_cases
+from cases.case import Case, as_tuple
+from cases.categorical import categorical_cases
+from cases.codebook import codebook_cases
+from cases.gaussian import gaussian_cases
+from cases.likelihood import likelihood_cases
+from cases.pairwise import pairwise_cases
+from cases.sparse import sparse_cases
+
+__all__ = ["CASES", "Case", "as_tuple"]
+
+CASES = (
+    gaussian_cases()
+    + likelihood_cases()
+    + pairwise_cases()
+    + categorical_cases()
+    + codebook_cases()
+    + sparse_cases()
+    + bayes_cases()
+)

@@ -1,0 +1,7 @@
+"""Cases of the likelihood family."""
+
+from cases.case import Case
+
+
+def likelihood_cases() -> list[Case]:
+    return []
