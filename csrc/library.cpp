@@ -35,6 +35,8 @@ void define_schemas(StableLibrary& m) {
   m.def("gaussian_kl_backward(Tensor grad, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // likelihood
+  m.def("gaussian_nll(Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction) -> Tensor");
+  m.def("gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction, bool need_x, bool need_mean, bool need_scale) -> (Tensor, Tensor, Tensor)");
 
   // pairwise
 

@@ -571,7 +571,7 @@ def test_indices_out_of_range_are_refused(index):
             call()
 
 
-@pytest.mark.parametrize("family", ["gaussian", "divergence", "codebook", "sparse", "bayes"])
+@pytest.mark.parametrize("family", ["gaussian", "likelihood", "divergence", "codebook", "sparse", "bayes"])
 def test_docstring_examples(family):
     failed, attempted = doctest.testmod(importlib.import_module(f"isthmus.reference.{family}"))
     assert attempted > 0 and failed == 0

@@ -1,8 +1,42 @@
-#include "likelihood/kernels.h"
+// Negative log-likelihoods on the CPU: densities evaluated element by element (elementwise.inl, densities.h).
+//
+// Bound by arithmetic in cache and by memory beyond it: nothing is stored between the passes.
+
+#include "core/dispatch.h"
+#include "core/normal.h"
+#include "likelihood/densities.h"
+#include "likelihood/elementwise.inl"
 
 namespace isthmus::ISTHMUS_LEVEL {
+namespace {
+
+// Calls f<T, S, shared>() for the dtype and the scale type of `args`, and whether its scale is one element.
+template <class Args, class F>
+void dispatch_scaled(const Args& args, F&& f) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    dispatch_scale(args.scale_type, [&]<ScaleType S>() {
+      args.in[scale_argument].shared ? f.template operator()<T, S, true>() : f.template operator()<T, S, false>();
+    });
+  });
+}
+
+template <class T, ScaleType S, bool SharedScale, class Args>
+Gaussian<Compute<T>, S, SharedScale> gaussian(const Args& args) {
+  return {static_cast<Compute<T>>(args.beta)};
+}
+
+void gaussian_nll(const GaussianNll<Nll>& args) {
+  dispatch_scaled(args, [&]<class T, ScaleType S, bool Shared>() { sum_nll<T>(args, gaussian<T, S, Shared>(args)); });
+}
+
+void gaussian_nll_backward(const GaussianNll<NllBackward>& args) {
+  dispatch_scaled(
+      args, [&]<class T, ScaleType S, bool Shared>() { write_nll_gradients<T>(args, gaussian<T, S, Shared>(args)); });
+}
+
+}  // namespace
 
 extern const LikelihoodKernels likelihood_table;
-const LikelihoodKernels likelihood_table = {};
+const LikelihoodKernels likelihood_table = {gaussian_nll, gaussian_nll_backward};
 
 }  // namespace isthmus::ISTHMUS_LEVEL

@@ -1,2 +1,46 @@
-#include "core/launch.cuh"
-#include "likelihood/kernels.h"
+// Negative log-likelihoods on CUDA devices: densities evaluated element by element (elementwise.cuh, densities.h).
+
+#include "core/normal.cuh"
+#include "likelihood/elementwise.cuh"
+// After the functions that its formulas use.
+#include "likelihood/densities.h"
+
+namespace isthmus::cuda {
+namespace {
+
+template <class Args, class F>
+void dispatch_scaled(const Args& args, F&& f) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    dispatch_scale(args.scale_type, [&]<ScaleType S>() { f.template operator()<T, S>(); });
+  });
+}
+
+// Whether the scale is shared is looked up at run time here: one more load that the cache serves.
+template <class T, ScaleType S, class Args>
+Gaussian<Compute<T>, S, false> gaussian(const Args& args) {
+  return {static_cast<Compute<T>>(args.beta)};
+}
+
+}  // namespace
+
+int64_t nll_workspace(int64_t rows, int64_t cols) {
+  const Segments segments(rows, cols, 1);
+  return segments.per_row > 1 ? segments.count : 0;
+}
+
+int64_t nll_backward_workspace(int64_t rows, int64_t cols) {
+  return Nll::max_arguments * Segments(rows, cols, 1).blocks();  // of all packs, those of one element need most blocks
+}
+
+void likelihood_gaussian_nll(const GaussianNll<Nll>& args, void* stream) {
+  dispatch_scaled(args,
+                  [&]<class T, ScaleType S>() { sum_nll<T>("gaussian_nll", args, gaussian<T, S>(args), stream); });
+}
+
+void likelihood_gaussian_nll_backward(const GaussianNll<NllBackward>& args, void* stream) {
+  dispatch_scaled(args, [&]<class T, ScaleType S>() {
+    write_nll_gradients<T>("gaussian_nll_backward", args, gaussian<T, S>(args), stream);
+  });
+}
+
+}  // namespace isthmus::cuda

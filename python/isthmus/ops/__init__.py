@@ -4,12 +4,14 @@ from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.ops.divergence import gaussian_kl
 from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.ops.likelihood import gaussian_nll
 from isthmus.ops.sparse import sparse_decode, topk_encode
 
 __all__ = [
     "bayes_linear",
     "code_statistics",
     "gaussian_kl",
+    "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",

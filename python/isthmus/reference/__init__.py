@@ -9,12 +9,14 @@ from isthmus.reference.bayes import bayes_linear
 from isthmus.reference.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.reference.divergence import gaussian_kl
 from isthmus.reference.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.reference.likelihood import gaussian_nll
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
 __all__ = [
     "bayes_linear",
     "code_statistics",
     "gaussian_kl",
+    "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",

@@ -1,0 +1,186 @@
+"""What is particular to likelihoods; the rest is in tests/test_every_op.py."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from isthmus import ops, reference
+
+SCALE_TYPES = ("logvar", "std", "softplus", "square")
+REDUCTIONS = ("none", "row", "sum", "mean")
+
+
+def scale_of(std, scale_type):
+    """The scale that means the standard deviation `std`."""
+    return {
+        "logvar": lambda: 2 * std.log(),
+        "std": lambda: std,
+        "softplus": lambda: std.expm1().log(),
+        "square": lambda: std.sqrt(),
+    }[scale_type]()
+
+
+def predictions(*shape, device="cpu", dtype=torch.float32):
+    """x, mean and standard deviation."""
+    x, mean, std = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    return x, mean, std.abs() + 0.3
+
+
+def wide(*tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+# ---- gaussian_nll ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_type", SCALE_TYPES)
+def test_gaussian_equals_torch_distributions(scale_type, isa, device):
+    x, mean, std = predictions(7, 33, device=device, dtype=torch.float64)
+    found = ops.gaussian_nll(x, mean, scale_of(std, scale_type), scale_type=scale_type, reduction="none")
+    torch.testing.assert_close(found, -Normal(mean, std).log_prob(x), rtol=1e-12, atol=1e-14)
+
+
+# Rows narrower and wider than a vector, a tile, a chunk of a CPU thread and a segment of a GPU warp.
+SHAPES = [(), (1,), (4097,), (3, 1), (300, 2), (65, 17), (7, 1, 40), (3, 1025), (2, 5000), (2, 16_385), (1, 40_001)]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shared", (False, True), ids=("elementwise", "shared"))
+def test_gaussian_every_shape(shape, reduction, shared, isa, device):
+    x, mean, _ = predictions(*shape, device=device)
+    scale = torch.tensor(0.3, device=device) if shared else 0.3 * torch.randn(shape, device=device)
+    leaves = [t.requires_grad_() for t in (x, mean, scale)]
+    doubles = wide(*leaves)
+    found = ops.gaussian_nll(*leaves, reduction=reduction)
+    expected = reference.gaussian_nll(*doubles, reduction=reduction)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=1e-6)
+    grad = torch.randn_like(found)
+    for a, e in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, doubles, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(a.double(), e, rtol=3e-6, atol=2e-6 * max(1.0, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("logvar", (80.0, -80.0))
+def test_gaussian_extreme_logvar(logvar, isa, device):
+    x = torch.full((2, 5), 3.0, device=device, requires_grad=True)
+    mean = torch.zeros(2, 5, device=device, requires_grad=True)
+    scale = torch.full((2, 5), logvar, device=device, requires_grad=True)
+    found = ops.gaussian_nll(x, mean, scale)
+    q2 = 9 * math.exp(-logvar)
+    torch.testing.assert_close(
+        found.cpu(), torch.full((2,), 2.5 * (q2 + logvar + math.log(2 * math.pi))), rtol=1e-5, atol=0
+    )
+    found.sum().backward()
+    for leaf, slope in ((x, q2 / 3), (mean, -q2 / 3), (scale, 0.5 * (1 - q2))):
+        torch.testing.assert_close(leaf.grad.cpu(), torch.full((2, 5), slope), rtol=1e-5, atol=0)
+
+
+def test_gaussian_beta_weighs_without_a_gradient(isa, device):
+    x, mean, std = predictions(6, 11, device=device, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (mean, std)]
+    for beta in (0.5, 1.0):
+        plain = ops.gaussian_nll(x, *leaves, scale_type="std", reduction="none")
+        found = ops.gaussian_nll(x, *leaves, scale_type="std", beta=beta, reduction="none")
+        factor = std.detach() ** (2 * beta)
+        torch.testing.assert_close(found, factor * plain)
+        expected = torch.autograd.grad((factor * plain).sum(), leaves)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
+
+
+def test_gaussian_scale_may_be_a_number(device):
+    x, mean, _ = predictions(6, 11, device=device)
+    for half in (torch.float32, torch.bfloat16):
+        found = ops.gaussian_nll(x.to(half), mean.to(half), 0.1, scale_type="std")
+        expected = reference.gaussian_nll(x.to(half).double(), mean.to(half).double(), 0.1, scale_type="std")
+        # The number is not rounded to the half type: that would cost four in a thousand.
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+
+
+def test_gaussian_shared_sigma_is_not_expanded():
+    x = mean = torch.zeros(1000, 1000)
+    scale = torch.zeros((), requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        nll = ops.gaussian_nll(x, mean, scale, reduction="sum")
+        torch.autograd.grad(nll, scale)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 1000
+
+
+def test_gaussian_shared_sigma_gradient_is_accurate_and_repeatable():
+    x, mean = torch.randn(3, 700_001), torch.zeros(3, 700_001)
+    scale = torch.zeros(1, requires_grad=True)
+    exact = torch.autograd.grad(
+        reference.gaussian_nll(x.double(), mean.double(), scale.double(), reduction="sum"), scale
+    )[0]
+    gradients = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        gradients += torch.autograd.grad(ops.gaussian_nll(x, mean, scale, reduction="sum"), scale)
+    torch.testing.assert_close(gradients[0], exact.float(), rtol=0, atol=0.3)  # of terms that sum to 2.1e6
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_gaussian_only_wanted_gradients_are_computed():
+    x, mean, std = predictions(64, 64)
+    mean.requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(ops.gaussian_nll(x, mean, std, scale_type="std", reduction="sum"), mean)
+    backward = [e for e in profile.events() if e.name == "isthmus::gaussian_nll_backward"]
+    assert backward and sum(e.cpu_memory_usage for e in backward) <= 64 * 64 * 4
+
+
+def test_gaussian_nan_stays_in_its_row(isa, device):
+    x, mean, std = predictions(50, 9, device=device)
+    expected = ops.gaussian_nll(x, mean, std)
+    mean[7, 3] = torch.nan
+    found = ops.gaussian_nll(x, mean, std)
+    assert found[7].isnan()
+    found[7] = expected[7]
+    assert torch.equal(found, expected)
+
+
+def test_gaussian_empty(device):
+    rows, cols = torch.zeros(0, 4, device=device), torch.zeros(4, 0, device=device)
+    assert ops.gaussian_nll(rows, rows, rows).shape == (0,)
+    assert ops.gaussian_nll(rows, rows, rows, reduction="sum") == 0
+    assert ops.gaussian_nll(rows, rows, rows, reduction="mean").isnan()
+    assert torch.equal(ops.gaussian_nll(cols, cols, cols), torch.zeros(4, device=device))
+    scale = torch.zeros(1, device=device, requires_grad=True)
+    ops.gaussian_nll(rows, rows, scale, reduction="sum").backward()
+    assert scale.grad == 0
+
+
+# ---- refused arguments -----------------------------------------------------------------------------------------------
+
+X = torch.zeros(3, 4)
+raw = torch.ops.isthmus
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.gaussian_nll(X, X, X, scale_type="variance"), "scale_type is 'variance'; expected one of"),
+        (lambda: ops.gaussian_nll(X, X, X, reduction="rows"), "reduction is 'rows'; expected one of"),
+        (lambda: ops.gaussian_nll(X, X.double(), X), "mean has dtype Double; expected Float, like x"),
+        (lambda: ops.gaussian_nll(X.int(), X.int(), X.int()), "x has dtype Int; expected float32"),
+        (lambda: ops.gaussian_nll(X, X, X, torch.zeros(5)), r"weight has shape \[5\], which does not broadcast"),
+        (
+            lambda: raw.gaussian_nll(X, X, X[:2], None, "logvar", 0.0, "row"),
+            r"scale has shape \[2, 4\]; expected \[3, 4\], like x",
+        ),
+        (
+            lambda: raw.gaussian_nll(X.half(), X.half(), torch.zeros(1).half(), None, "logvar", 0.0, "row"),
+            "scale has one element of dtype Half; expected Float, the type of sums",
+        ),
+        (
+            lambda: raw.gaussian_nll_backward(X, X, X, X, None, "logvar", 0.0, "row", True, True, True),
+            r"grad has dtype Float and shape \[3, 4\]; expected those of the likelihood",
+        ),
+    ],
+)
+def test_refused(call, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call()
