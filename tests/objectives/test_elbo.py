@@ -131,3 +131,47 @@ def test_bits_per_dim():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- the same inside the op ------------------------------------------------------------------------------------------
+
+
+def gaussians(*shape):
+    return torch.randn(4, *shape, dtype=torch.float64).requires_grad_().unbind()
+
+
+IN_THE_OP = {
+    "beta": (
+        lambda kl: objectives.negative_elbo(torch.zeros(5), kl.sum(-1), beta=7.0),
+        {"beta": 7.0},
+    ),
+    "capacity": (
+        lambda kl: objectives.capacity_penalty(kl.sum(-1), 3.0, gamma=7.0),
+        {"reduction": "mean", "capacity": 3.0, "beta": 7.0},
+    ),
+    "free_bits": (
+        lambda kl: objectives.free_bits(kl, 2.0),
+        {"reduction": "dim", "free_bits": 2.0},
+    ),
+    "free_bits_of_samples": (
+        lambda kl: objectives.free_bits(kl, 4.0, groups=2, per_sample=True),
+        {"reduction": "group", "groups": 2, "free_bits": 4.0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("composed", "options"), IN_THE_OP.values(), ids=IN_THE_OP)
+def test_the_op_does_the_same_in_its_pass(composed, options):
+    tensors = gaussians(5, 6)
+    expected = composed(ops.gaussian_kl(*tensors, reduction="none")).sum()
+    inside = ops.gaussian_kl(*tensors, **options).sum()
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(torch.autograd.grad(inside, tensors), torch.autograd.grad(expected, tensors))
+
+
+def test_the_op_balances_alike():
+    tensors = gaussians(5, 6)
+    expected = objectives.balanced_kl(ops.gaussian_kl, tensors[:2], tensors[2:], prior_share=0.7)
+    inside = ops.gaussian_kl(*tensors, balance=0.7)
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(torch.autograd.grad(inside.sum(), tensors), torch.autograd.grad(expected.sum(), tensors))

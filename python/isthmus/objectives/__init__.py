@@ -12,6 +12,25 @@ from isthmus.objectives.elbo import (
     joint_vae_loss,
     negative_elbo,
 )
+from isthmus.objectives.embedding import hedged_match_nll
+from isthmus.objectives.importance import (
+    PIWAEBounds,
+    ciwae_bound,
+    effective_sample_size,
+    importance_weighted_log_likelihood,
+    iwae_bound,
+    miwae_bound,
+    piwae_bounds,
+)
+from isthmus.objectives.info import adversarial_penalty, discriminator_loss, info_vae_loss, wae_loss
+from isthmus.objectives.total_correlation import (
+    KLTerms,
+    beta_tc_loss,
+    dip_penalty,
+    factor_vae_loss,
+    kl_decomposition,
+    permute_dims,
+)
 from isthmus.objectives.transport import (
     frechet_distance,
     gaussian_frechet,
@@ -23,18 +42,36 @@ from isthmus.objectives.transport import (
 )
 
 __all__ = [
+    "KLTerms",
+    "PIWAEBounds",
+    "adversarial_penalty",
     "balanced_kl",
+    "beta_tc_loss",
     "bits_per_dim",
     "capacity_penalty",
+    "ciwae_bound",
+    "dip_penalty",
+    "discriminator_loss",
+    "effective_sample_size",
+    "factor_vae_loss",
     "frechet_distance",
     "free_bits",
     "gaussian_frechet",
+    "hedged_match_nll",
+    "importance_weighted_log_likelihood",
+    "info_vae_loss",
+    "iwae_bound",
     "joint_vae_loss",
+    "kl_decomposition",
     "max_direction",
+    "miwae_bound",
     "negative_elbo",
+    "permute_dims",
+    "piwae_bounds",
     "quasi_directions",
     "random_directions",
     "schedules",
     "sinkhorn_divergence",
     "sliced_wasserstein",
+    "wae_loss",
 ]

@@ -101,7 +101,8 @@ def free_bits(kl: Tensor, floor: float, *, groups: int | None = None, per_sample
 
     Below its floor a group feels no pull to the prior, which keeps it alive early in training (Kingma et al. 2016,
     arXiv 1606.04934). The expectation is over the batch; ``per_sample`` takes the maximum for each data
-    vector instead, so an easy input cannot lend its unused nats to another one.
+    vector instead, so an easy input cannot lend its unused nats to another one. Any divergence will do; that of
+    Gaussians takes its floor in the op, ``ops.gaussian_kl(reduction="dim", free_bits=…)``.
 
     Args:
         kl: [..., D], the divergence of each data vector in each dimension (``reduction="none"``).
@@ -149,7 +150,8 @@ def balanced_kl(
     Has the value of KL(q ‖ p) and the gradient of α KL(sg(q) ‖ p) + (1 − α) KL(q ‖ sg(p)), where sg stops gradients and
     α is ``prior_share``: with α > ½ the prior learns to follow the posterior faster than the posterior is pulled
     towards a prior that is not trained yet (DreamerV2, Hafner et al. 2021, arXiv 2010.02193, algorithm 2). One
-    evaluation of the divergence, not two: the gradients are scaled where they reach the parameters.
+    evaluation of the divergence, not two: the gradients are scaled where they reach the parameters. For Gaussians
+    ``ops.gaussian_kl(balance=…)`` does it in the op.
 
     Args:
         divergence: called as ``divergence(*posterior, *prior)``, for instance ``ops.gaussian_kl``.
@@ -172,7 +174,8 @@ def balanced_kl(
     if not 0.0 <= prior_share <= 1.0:
         raise ValueError(f"prior_share is {prior_share}; expected a number in [0, 1]")
     shares = [1.0 - prior_share] * len(posterior) + [prior_share] * len(prior)
-    scaled = (_scale_gradient(t, share) for t, share in zip([*posterior, *prior], shares, strict=True))
+    # start + share · (end − start) has the value of its ends, exactly, and that share of their gradient.
+    scaled = (torch.lerp(t.detach(), t, share) for t, share in zip([*posterior, *prior], shares, strict=True))
     return divergence(*scaled)
 
 
@@ -203,12 +206,6 @@ def bits_per_dim(nats: Tensor, num_dims: int, *, bin_width: float = 1.0) -> Tens
     if bin_width <= 0.0:
         raise ValueError(f"bin_width is {bin_width}; expected a positive number")
     return nats / (num_dims * math.log(2.0)) - math.log2(bin_width)
-
-
-def _scale_gradient(t: Tensor, share: float) -> Tensor:
-    """The value of t, with ``share`` of its gradient."""
-    # start + share · (end − start) is exact where start and end are the same number.
-    return torch.lerp(t.detach(), t, share)
 
 
 def _require_non_negative(name: str, value: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from isthmus import ops
+from isthmus.reference._numeric import widen
 
 # ---- sliced Wasserstein ----------------------------------------------------------------------------------------------
 
@@ -148,9 +149,8 @@ def max_direction(
         1.0
     """
     _require_samples(x, y)
-    x, y = x.detach(), y.detach()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    directions = random_directions(num_starts, x.shape[-1], key.to(x.device), dtype)
+    x, y = widen(x.detach()), widen(y.detach())
+    directions = random_directions(num_starts, x.shape[-1], key, x.dtype)
     best, best_cost = directions, torch.full_like(directions[:, 0], -math.inf)
     for step in range(steps):
         with torch.enable_grad():
@@ -167,15 +167,15 @@ def max_direction(
 
 def _projected_costs(x: Tensor, y: Tensor, directions: Tensor, p: float) -> Tensor:
     """W_pᵖ of the projections on every direction: [..., L]."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    along = directions.to(device=x.device, dtype=dtype).mT
-    x, y = ((t.to(dtype) @ along).sort(dim=-2).values for t in (x, y))
+    x, y = widen(x), widen(y)
+    along = directions.to(x).mT
+    x, y = (x @ along).sort(dim=-2).values, (y @ along).sort(dim=-2).values
     n, m = x.shape[-2], y.shape[-2]
     if n == m:
         return (x - y).abs().pow(p).mean(-2)
     i, j, mass = _quantile_coupling(n, m, x.device)
     cost = (x.index_select(-2, i) - y.index_select(-2, j)).abs().pow(p)
-    return (mass.to(dtype).unsqueeze(-1) * cost).sum(-2)
+    return (mass.to(cost).unsqueeze(-1) * cost).sum(-2)
 
 
 def _quantile_coupling(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,15 +268,12 @@ def sinkhorn_divergence(
         raise ValueError(f"iterations is {iterations}; expected at least 1")
 
     def transport(a: Tensor, b: Tensor) -> Tensor:
-        return _entropic_transport(_distances(a, b).pow(p), epsilon, iterations, anneal)
+        # The other mode, by a matrix product, is faster and loses the digits of small distances.
+        distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+        return _entropic_transport(distance.pow(p), epsilon, iterations, anneal)
 
+    x, y = widen(x), widen(y)
     return transport(x, y) - (transport(x, x) + transport(y, y)) / 2.0
-
-
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    # The form by a matrix product is faster and loses the digits of small distances.
-    return torch.cdist(x.to(dtype), y.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _entropic_transport(cost: Tensor, epsilon: float, iterations: int, anneal: bool) -> Tensor:
@@ -339,7 +336,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
         y: [..., M, D].
 
     Returns:
-        [...].
+        [...]; float32 for half inputs.
 
     Raises:
         ValueError: fewer than two samples, or shapes that do not fit.
@@ -357,7 +354,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
         mean = t.mean(-2)
         return mean, (t - mean.unsqueeze(-2)).mT / math.sqrt(t.shape[-2] - 1)
 
-    (mean, first), (other_mean, second) = moments(x), moments(y)
+    (mean, first), (other_mean, second) = moments(widen(x)), moments(widen(y))
     return (mean - other_mean).square().sum(-1) + _bures(first, second)
 
 
