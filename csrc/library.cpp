@@ -41,6 +41,14 @@ void define_schemas(StableLibrary& m) {
   // pairwise
 
   // categorical
+  m.def("gumbel_noise(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("gumbel_softmax(Tensor logits, Tensor key, float temperature, bool hard) -> Tensor");
+  m.def("gumbel_softmax_backward(Tensor grad, Tensor y, float temperature) -> Tensor");
+  m.def("gumbel_softmax_hard_backward(Tensor grad, Tensor logits, Tensor key, float temperature) -> Tensor");
+  m.def("gumbel_softmax_kl(Tensor logits, Tensor? prior_logits, Tensor key, float temperature, bool hard) -> (Tensor, Tensor)");
+  m.def("gumbel_softmax_kl_backward(Tensor grad_y, Tensor grad_kl, Tensor logits, Tensor? prior_logits, Tensor key, float temperature, bool prior_gradient) -> (Tensor, Tensor)");
+  m.def("categorical_kl(Tensor logits, Tensor? prior_logits) -> Tensor");
+  m.def("categorical_kl_backward(Tensor grad, Tensor logits, Tensor? prior_logits, bool prior_gradient) -> (Tensor, Tensor)");
 
   // codebook
   m.def("vq_assign(Tensor x, Tensor codebook) -> Tensor");

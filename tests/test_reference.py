@@ -12,7 +12,7 @@ import mpmath
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import softplus
 
 from isthmus import reference
@@ -506,6 +506,67 @@ def test_half_results_are_rounded_from_float32(rand, half):
     )
 
 
+# categorical
+
+
+def test_gumbel_noise_is_that_of_its_words():
+    noise = reference.gumbel_noise(torch.tensor([0, 0]), [4], torch.float64)
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    with mpmath.workdps(40):
+        for i in (0, 1):
+            v = (words[2 * i] * mpmath.mpf(2) ** 32 + words[2 * i + 1] + 0.5) / mpmath.mpf(2) ** 64
+            assert noise[i].item() == pytest.approx(float(-mpmath.log(-mpmath.log1p(-v))), rel=1e-14)
+        for i, word in enumerate(words):
+            expected = -mpmath.log(-mpmath.log1p(-(word + 0.5) / mpmath.mpf(2) ** 32))
+            found = reference.gumbel_noise(torch.tensor([0, 0]), [4])[i].item()
+            assert found == pytest.approx(float(expected), abs=3e-7)
+
+
+def test_categorical_kl_equals_torch_distributions(rand):
+    logits, prior = rand(4, 3, 7), rand(4, 3, 7)
+    for other, p in ((None, torch.zeros_like(logits)), (prior, prior)):
+        expected = kl_divergence(Categorical(logits=logits), Categorical(logits=p))
+        for reduction, reduced in {"row": expected, "sum": expected.sum(), "mean": expected.mean()}.items():
+            torch.testing.assert_close(reference.categorical_kl(logits, other, reduction=reduction), reduced)
+
+
+def test_categorical_kl_keeps_every_digit_near_the_prior():
+    for e in range(1, 9):
+        step = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64) * 10.0**-e
+        with mpmath.workdps(60):
+            x = [mpmath.mpf(v) for v in step.tolist()]
+            log_sum = mpmath.log(sum(map(mpmath.exp, x)))
+            exact = sum(mpmath.exp(v - log_sum) * (v - log_sum + mpmath.log(3)) for v in x)
+        assert reference.categorical_kl(step).item() == pytest.approx(float(exact), rel=1e-6, abs=0)
+
+
+def test_categorical_kl_of_impossible_classes():
+    inf = torch.inf
+    logits = torch.tensor([[0.0, -inf], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    kl = reference.categorical_kl(logits)
+    torch.testing.assert_close(kl, torch.tensor([math.log(2), 0.0], dtype=torch.float64))
+    kl.sum().backward()
+    assert logits.grad.abs().max() < 1e-12
+    assert reference.categorical_kl(logits, torch.tensor([0.0, -inf]).expand(2, 2).double()).tolist() == [0, inf]
+
+
+def test_categorical_derivatives(rand):
+    logits, prior, noise = rand(2, 5), rand(2, 5), rand(2, 5).detach()
+    assert gradcheck(reference.categorical_kl, (logits, prior))
+    assert gradgradcheck(reference.categorical_kl, (logits, prior))
+
+    def sample(logits):
+        return reference.gumbel_softmax(logits, temperature=0.7, noise=noise)
+
+    assert gradcheck(sample, logits)
+    assert gradgradcheck(sample, logits)
+    weight = rand(2, 5).detach()
+    for hard in (False, True):
+        y = reference.gumbel_softmax(logits, temperature=0.7, noise=noise, hard=hard)
+        (gradient,) = torch.autograd.grad((y * weight).sum(), logits)
+        torch.testing.assert_close(gradient, torch.autograd.grad((sample(logits) * weight).sum(), logits)[0])
+
+
 one = torch.ones(1, 2)
 
 
@@ -526,6 +587,12 @@ one = torch.ones(1, 2)
             lambda: reference.gaussian_kl(one, one, None, one),
             r"prior_mean is None; expected both",
         ),
+        (
+            lambda: reference.gumbel_softmax(one, temperature=0, noise=one),
+            r"temperature is 0; expected a positive number",
+        ),
+        (lambda: reference.gumbel_softmax(one, noise=one[0]), r"noise has shape \[2\]; expected \[1, 2\]"),
+        (lambda: reference.categorical_kl(one, reduction="none"), r"reduction is 'none'; expected 'row', 'sum'"),
         (lambda: reference.vq_assign(one, one, topk=2), r"topk is 2; expected 1"),
         (lambda: reference.vq_assign(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
         (lambda: reference.vq_quantize(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
@@ -571,7 +638,9 @@ def test_indices_out_of_range_are_refused(index):
             call()
 
 
-@pytest.mark.parametrize("family", ["gaussian", "likelihood", "divergence", "codebook", "sparse", "bayes"])
+@pytest.mark.parametrize(
+    "family", ["gaussian", "likelihood", "divergence", "categorical", "codebook", "sparse", "bayes"]
+)
 def test_docstring_examples(family):
     failed, attempted = doctest.testmod(importlib.import_module(f"isthmus.reference.{family}"))
     assert attempted > 0 and failed == 0

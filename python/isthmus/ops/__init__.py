@@ -1,6 +1,7 @@
 """The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
 
 from isthmus.ops.bayes import bayes_linear
+from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.ops.divergence import gaussian_kl
 from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
@@ -9,12 +10,16 @@ from isthmus.ops.sparse import sparse_decode, topk_encode
 
 __all__ = [
     "bayes_linear",
+    "categorical_kl",
     "code_statistics",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",
+    "gumbel_noise",
+    "gumbel_softmax",
+    "gumbel_softmax_kl",
     "sparse_decode",
     "topk_encode",
     "vq_assign",

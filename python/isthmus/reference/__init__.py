@@ -6,6 +6,7 @@ searches also accepts the ``indices`` of an earlier search, to hold a selection 
 """
 
 from isthmus.reference.bayes import bayes_linear
+from isthmus.reference.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.reference.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.reference.divergence import gaussian_kl
 from isthmus.reference.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
@@ -14,12 +15,16 @@ from isthmus.reference.sparse import sparse_decode, topk_encode
 
 __all__ = [
     "bayes_linear",
+    "categorical_kl",
     "code_statistics",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",
+    "gumbel_noise",
+    "gumbel_softmax",
+    "gumbel_softmax_kl",
     "sparse_decode",
     "topk_encode",
     "vq_assign",
