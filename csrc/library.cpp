@@ -25,20 +25,28 @@ namespace {
 void define_schemas(StableLibrary& m) {
   // gaussian
   m.def("gaussian_noise(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
-  m.def("gaussian_sample(Tensor mean, Tensor scale, Tensor key, str scale_type, int num_samples, float temperature) -> Tensor");
-  m.def("gaussian_sample_backward(Tensor grad, Tensor scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor)");
-  m.def("gaussian_sample_kl(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor)");
-  m.def("gaussian_sample_kl_backward(Tensor grad_z, Tensor grad_kl, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int num_samples, float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_sample(Tensor mean, Tensor? scale, Tensor key, str scale_type, int packed_dim, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature) -> Tensor");
+  m.def("gaussian_sample_backward(Tensor grad, Tensor mean, Tensor? scale, Tensor key, str scale_type, int packed_dim, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature) -> (Tensor, Tensor)");
+  m.def("gaussian_sample_kl(Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor? mask, Tensor key, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature, str reduction, int groups, float weight, float posterior_weight, float prior_weight) -> (Tensor, Tensor)");
+  m.def("gaussian_sample_kl_backward(Tensor grad_z, Tensor grad_kl, Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor? mask, Tensor key, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature, str reduction, int groups, float weight, float posterior_weight, float prior_weight, bool prior_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_sample_log_prob(Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature, str gradient, int groups) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_sample_log_prob_backward(Tensor grad_z, Tensor grad_kl, Tensor grad_log_q, Tensor grad_log_p, Tensor? gate, Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor key, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, int num_samples, bool antithetic, float temperature, bool path_only, bool prior_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // divergence
-  m.def("gaussian_kl(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> Tensor");
-  m.def("gaussian_kl_backward(Tensor grad, Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, str scale_type, str reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_kl(Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor? mask, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, str reduction, int groups, float weight, float posterior_weight, float prior_weight) -> Tensor");
+  m.def("gaussian_kl_backward(Tensor grad, Tensor mean, Tensor? scale, Tensor? prior_mean, Tensor? prior_scale, Tensor? mask, str scale_type, int packed_dim, bool residual, str clamp_mode, float clamp_low, float clamp_high, str reduction, int groups, float weight, float posterior_weight, float prior_weight, bool prior_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("log_mean_exp(Tensor log_weights, int groups) -> Tensor");
+  m.def("log_mean_exp_backward(Tensor grad, Tensor log_weights, Tensor bound) -> Tensor");
 
   // likelihood
   m.def("gaussian_nll(Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction) -> Tensor");
   m.def("gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction, bool need_x, bool need_mean, bool need_scale) -> (Tensor, Tensor, Tensor)");
 
   // pairwise
+  m.def("mixture_log_prob(Tensor z, Tensor mean, Tensor scale, Tensor? log_weight, str scale_type, str over) -> (Tensor, Tensor)");
+  m.def("mixture_log_prob_backward(Tensor grad, Tensor normalizer, Tensor z, Tensor mean, Tensor scale, Tensor? log_weight, str scale_type, str over, bool need_z, bool need_components, bool need_log_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("aggregate_log_prob(Tensor z, Tensor mean, Tensor scale, SymInt dataset_size, str estimator, str scale_type) -> (Tensor, Tensor, Tensor)");
+  m.def("aggregate_log_prob_backward(Tensor grad_joint, Tensor grad_marginal, Tensor log_marginal, Tensor normalizer, Tensor z, Tensor mean, Tensor scale, SymInt dataset_size, str estimator, str scale_type, bool need_z, bool need_components) -> (Tensor, Tensor, Tensor)");
 
   // categorical
   m.def("gumbel_noise(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");

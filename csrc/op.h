@@ -69,7 +69,7 @@ inline ScaleType parse_scale_type(const std::string& name) {
   if (name == "std") return ScaleType::std;
   if (name == "softplus") return ScaleType::softplus;
   if (name == "square") return ScaleType::square;
-  fail("scale_type is '", name, "'; expected 'logvar', 'std', 'softplus' or 'square'");
+  fail("scale_type is '", name, "'; expected one of 'logvar', 'std', 'softplus', 'square'");
 }
 
 // ---- checks --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Standard normals of a key, generated in vectors: element i depends on (key, i) alone (core/philox.h), so any range
 // can be produced anywhere, again and again. This is why no op stores its noise.
 //
-// Cost at AVX-512 for 64 float32 normals: about 130 instructions of Philox, 120 of Box–Muller, 8 shuffles.
+// Cost at AVX-512 for 64 float32 normals: about 125 instructions of Philox, 120 of Box–Muller, 8 shuffles.
 #pragma once
 
 #include "core/math.h"
@@ -11,35 +11,46 @@
 namespace isthmus {
 namespace {
 
+// A key with its round keys, computed once: inside the rounds each is a broadcast from memory.
 struct Key {
   uint64_t seed, offset;
-  explicit Key(const int64_t* words) : seed(static_cast<uint64_t>(words[0])), offset(static_cast<uint64_t>(words[1])) {}
+  uint64_t round[philox_rounds][2];
+
+  explicit Key(const int64_t* words) : seed(static_cast<uint64_t>(words[0])), offset(static_cast<uint64_t>(words[1])) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int r = 0; r < philox_rounds; ++r, k0 += philox_weyl_0, k1 += philox_weyl_1) {
+      round[r][0] = k0;
+      round[r][1] = k1;
+    }
+  }
 };
 
 // Philox on 64-bit lanes: a word sits in the low half of its lane, where the multiplier reads it, and the high half
-// may hold rubbish. A product delivers both halves of a round in place, so a round needs no blends.
-struct WideWords {
-  u64v w[4];
-};
-
-ISTHMUS_INLINE WideWords philox(uint64_t seed, u64v counter) {
+// may hold rubbish. A product delivers both halves of a round in place, so a round needs no blends. Each round waits
+// for the one before; N independent vectors of counters fill the gaps.
+template <int N>
+ISTHMUS_INLINE void philox(const Key& key, const u64v (&counter)[N], u64v (&w)[4][N]) {
   const u64v m0 = u64v{} + philox_multiplier_0, m1 = u64v{} + philox_multiplier_1;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   // First round: counter words 2 and 3 are zero, and so is one of its two products.
-  u64v p0 = multiply_low_halves(counter, m0);
-  u64v x0 = (counter >> 32) ^ k0, x1 = {}, x2 = (p0 >> 32) ^ k1, x3 = p0;
-#pragma GCC unroll 16
-  for (int round = 1; round < philox_rounds; ++round) {
-    k0 += philox_weyl_0;
-    k1 += philox_weyl_1;
-    p0 = multiply_low_halves(x0, m0);
-    const u64v p1 = multiply_low_halves(x2, m1);
-    x0 = (p1 >> 32) ^ x1 ^ uint64_t(k0);
-    x1 = p1;
-    x2 = (p0 >> 32) ^ x3 ^ uint64_t(k1);
-    x3 = p0;
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const u64v p0 = multiply_low_halves(counter[n], m0);
+    w[0][n] = (counter[n] >> 32) ^ key.round[0][0];
+    w[1][n] = u64v{};
+    w[2][n] = (p0 >> 32) ^ key.round[0][1];
+    w[3][n] = p0;
   }
-  return {{x0, x1, x2, x3}};
+#pragma GCC unroll 16
+  for (int r = 1; r < philox_rounds; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const u64v p0 = multiply_low_halves(w[0][n], m0), p1 = multiply_low_halves(w[2][n], m1);
+      w[0][n] = (p1 >> 32) ^ w[1][n] ^ key.round[r][0];
+      w[2][n] = (p0 >> 32) ^ w[3][n] ^ key.round[r][1];
+      w[1][n] = p1;
+      w[3][n] = p0;
+    }
+  }
 }
 
 // Which counter, relative to the first, each of the 32-bit lanes works on. Chosen so that transposing four words
@@ -57,7 +68,7 @@ ISTHMUS_INLINE u32v join_halves(u64v even, u64v odd) { return (u32v)((even & 0xf
 ISTHMUS_INLINE f32v uniform(u32v w) { return __builtin_convertvector(w, f32v) * 0x1p-32f + 0x1p-33f; }
 
 ISTHMUS_INLINE void normal_pair(u32v radius_word, u32v angle_word, f32v& first, f32v& second) {
-  const f32v radius = sqrt(-2.0f * log(uniform(radius_word)));
+  const f32v radius = sqrt(-2.0f * log_positive(uniform(radius_word)));
   f32v sine, cosine;
   sincos(rounded(two_pi_f * uniform(angle_word)), sine, cosine);
   first = radius * cosine;
@@ -81,47 +92,74 @@ ISTHMUS_INLINE f32v unpack_pairs(f32v a, f32v b) {
   return (f32v)__builtin_shuffle((f64v)a, (f64v)b, index);
 }
 
-constexpr int normals_per_step = 4 * lanes<float>;
+// Numbers come in groups: those of one vector of counters for even and one for odd lanes.
+constexpr int group_size = 4 * lanes<float>;
 
-// normals_per_step normals, from block `block` on, in memory order.
-ISTHMUS_INLINE void normal_step(const Key& key, uint64_t block, f32v (&out)[4]) {
-  u64v even, odd;
-  lane_counters(even, odd);
-  const uint64_t first = key.offset + block;
-  const WideWords a = philox(key.seed, even + first), b = philox(key.seed, odd + first);
-  f32v n0, n1, n2, n3;
-  normal_pair(join_halves(a.w[0], b.w[0]), join_halves(a.w[1], b.w[1]), n0, n1);
-  normal_pair(join_halves(a.w[2], b.w[2]), join_halves(a.w[3], b.w[3]), n2, n3);
-  const f32v low01 = unpack<0>(n0, n1), high01 = unpack<1>(n0, n1);
-  const f32v low23 = unpack<0>(n2, n3), high23 = unpack<1>(n2, n3);
-  out[0] = unpack_pairs<0>(low01, low23);
-  out[1] = unpack_pairs<1>(low01, low23);
-  out[2] = unpack_pairs<0>(high01, high23);
-  out[3] = unpack_pairs<1>(high01, high23);
+// Numbers made of the four words of each lane, into memory order.
+ISTHMUS_INLINE void order(f32v (&n)[4]) {
+  const f32v low01 = unpack<0>(n[0], n[1]), high01 = unpack<1>(n[0], n[1]);
+  const f32v low23 = unpack<0>(n[2], n[3]), high23 = unpack<1>(n[2], n[3]);
+  n[0] = unpack_pairs<0>(low01, low23);
+  n[1] = unpack_pairs<1>(low01, low23);
+  n[2] = unpack_pairs<0>(high01, high23);
+  n[3] = unpack_pairs<1>(high01, high23);
 }
 
-// Normals [first, first + count) of the key.
-inline void fill_normal(const Key& key, int64_t first, int64_t count, float* out) {
+// Groups * group_size numbers, from element `start` on, a multiple of 4.
+template <int Groups, class Map>
+ISTHMUS_INLINE void fill_groups(const Key& key, int64_t start, Map map, float* out) {
+  u64v even, odd, counter[2 * Groups], w[4][2 * Groups];
+  lane_counters(even, odd);
+#pragma GCC unroll 4
+  for (int g = 0; g < Groups; ++g) {
+    const uint64_t first = key.offset + static_cast<uint64_t>(start / 4 + g * lanes<float>);
+    counter[2 * g] = even + first;
+    counter[2 * g + 1] = odd + first;
+  }
+  philox(key, counter, w);
+#pragma GCC unroll 4
+  for (int g = 0; g < Groups; ++g) {
+    u32v words[4];
+    f32v numbers[4];
+    for (int i = 0; i < 4; ++i) words[i] = join_halves(w[i][2 * g], w[i][2 * g + 1]);
+    map(words, numbers);
+    order(numbers);
+    for (int i = 0; i < 4; ++i) store(out + g * group_size + i * lanes<float>, numbers[i]);
+  }
+}
+
+// Elements [first, first + count) of the stream in which map(words, numbers) makes four numbers of four words.
+template <class Map>
+ISTHMUS_INLINE void fill_stream(const Key& key, int64_t first, int64_t count, Map map, float* out) {
+  constexpr int groups = 2;
   const int64_t end = first + count;
-  for (int64_t start = first / 4 * 4; start < end; start += normals_per_step) {
-    f32v step[4];
-    normal_step(key, static_cast<uint64_t>(start / 4), step);
-    if (start >= first && start + normals_per_step <= end) {
-      for (int j = 0; j < 4; ++j) store(out + (start - first) + j * lanes<float>, step[j]);
-    } else {
-      float whole[normals_per_step];
-      for (int j = 0; j < 4; ++j) store(whole + j * lanes<float>, step[j]);
-      const int64_t from = start < first ? first : start;
-      const int64_t to = start + normals_per_step < end ? start + normals_per_step : end;
-      std::memcpy(out + (from - first), whole + (from - start), static_cast<size_t>(to - from) * sizeof(float));
+  int64_t start = first / 4 * 4;
+  if (start == first) {
+    for (; start + groups * group_size <= end; start += groups * group_size) {
+      fill_groups<groups>(key, start, map, out + (start - first));
     }
   }
+  for (; start < end; start += group_size) {
+    float group[group_size];
+    fill_groups<1>(key, start, map, group);
+    const int64_t from = start < first ? first : start;
+    const int64_t to = start + group_size < end ? start + group_size : end;
+    std::memcpy(out + (from - first), group + (from - start), static_cast<size_t>(to - from) * sizeof(float));
+  }
+}
+
+inline void fill_normal(const Key& key, int64_t first, int64_t count, float* out) {
+  const auto box_muller = [](const u32v(&word)[4], f32v(&n)[4]) __attribute__((always_inline)) {
+    normal_pair(word[0], word[1], n[0], n[1]);
+    normal_pair(word[2], word[3], n[2], n[3]);
+  };
+  fill_stream(key, first, count, box_muller, out);
 }
 
 // float64 serves gradient checks and oracles: plain scalar code.
 inline void fill_normal(const Key& key, int64_t first, int64_t count, double* out) {
   for (int64_t i = first; i < first + count; ++i) {
-    const NormalPair pair = normal_pair(philox(key.seed, key.offset + static_cast<uint64_t>(i / 2)));
+    const NormalPair pair = normal_pair(isthmus::philox(key.seed, key.offset + static_cast<uint64_t>(i / 2)));
     out[i - first] = i % 2 == 0 ? pair.first : pair.second;
   }
 }

@@ -6,6 +6,7 @@
 // (s² + m² - 1 - log s²)/2 loses all of them in half precision.
 #pragma once
 
+#include "core/gaussians.h"
 #include "core/math.h"
 #include "core/scale_type.h"
 #include "core/simd.h"
@@ -54,45 +55,82 @@ ISTHMUS_INLINE V inverse_std(V scale) {
   return 1.0f / std_of<S>(scale);
 }
 
-// Divergence from the standard normal, and s as a by-product of the same exponential.
-template <ScaleType S, class V>
-ISTHMUS_INLINE V kl_to_standard(V mean, V scale, V& std) {
-  const V log_std = log_std_of<S>(scale);
-  V remainder;  // expm1(log_std) - log_std
-  exp_and_expm1mx(log_std, std, remainder);
-  if constexpr (S != ScaleType::logvar) std = std_of<S>(scale);
-  const V e = log_std + remainder;
-  return 0.5f * (mean * mean + e * e) + remainder;
+// A posterior and its prior, as their tensors give them.
+template <class V>
+struct Parameters {
+  V mean, scale, prior_mean, prior_scale;
+};
+
+// The posterior's standard deviation.
+template <ScaleType S, Prior P, class V>
+ISTHMUS_INLINE V posterior_std(const Parameters<V>& x) {
+  if constexpr (P == Prior::residual) return std_of<S>(x.scale) * std_of<S>(x.prior_scale);
+  return std_of<S>(x.scale);
 }
 
-template <ScaleType S, class V>
-ISTHMUS_INLINE V kl_to_prior(V mean, V scale, V prior_mean, V prior_scale) {
-  const V q = (mean - prior_mean) * inverse_std<S>(prior_scale);
-  const V d = log_std_of<S>(scale) - log_std_of<S>(prior_scale);
-  const V remainder = expm1mx(d);
+// Its mean, seen from the prior's.
+template <Prior P, class V>
+ISTHMUS_INLINE V offset(const Parameters<V>& x) {
+  if constexpr (P == Prior::given) return x.mean - x.prior_mean;
+  return x.mean;
+}
+
+// The divergence, and the posterior's standard deviation as a by-product.
+template <ScaleType S, Prior P, class V>
+ISTHMUS_INLINE V kl_and_std(const Parameters<V>& x, V& std) {
+  V q = offset<P>(x), d = log_std_of<S>(x.scale);
+  if constexpr (P != Prior::standard) q *= inverse_std<S>(x.prior_scale);
+  if constexpr (P == Prior::given) {
+    std = std_of<S>(x.scale);
+    d -= log_std_of<S>(x.prior_scale);
+  }
+  V remainder;  // expm1(d) - d
+  if constexpr (P != Prior::given && S == ScaleType::logvar) {
+    exp_and_expm1mx(d, std, remainder);
+  } else {
+    if constexpr (P != Prior::given) std = std_of<S>(x.scale);
+    remainder = expm1mx(d);
+  }
+  if constexpr (P == Prior::residual) std *= std_of<S>(x.prior_scale);
   const V e = d + remainder;
   return 0.5f * (q * q + e * e) + remainder;
 }
 
-template <class V>
-struct KlGradient {
-  V mean, scale, prior_mean, prior_scale;
-};
-
-template <ScaleType S, class V>
-ISTHMUS_INLINE KlGradient<V> kl_to_standard_gradient(V mean, V scale) {
-  const V e = expm1(log_std_of<S>(scale));
-  return {mean, e * (e + 2.0f) * log_std_slope<S>(scale), V{}, V{}};
+// Slopes of the divergence.
+template <ScaleType S, Prior P, class V>
+ISTHMUS_INLINE Parameters<V> kl_slopes(const Parameters<V>& x) {
+  if constexpr (P == Prior::standard) {
+    const V e = expm1(log_std_of<S>(x.scale));
+    return {x.mean, e * (e + 2.0f) * log_std_slope<S>(x.scale), V{}, V{}};
+  } else {
+    const V inverse = inverse_std<S>(x.prior_scale), q = offset<P>(x) * inverse;
+    V d = log_std_of<S>(x.scale);
+    if constexpr (P == Prior::given) d -= log_std_of<S>(x.prior_scale);
+    const V e = expm1(d), excess = e * (e + 2.0f);  // excess = (s / s_prior)² - 1
+    const V to_scale = excess * log_std_slope<S>(x.scale);
+    if constexpr (P == Prior::residual) {
+      return {q * inverse, to_scale, V{}, -q * q * log_std_slope<S>(x.prior_scale)};
+    }
+    return {q * inverse, to_scale, -q * inverse, -(q * q + excess) * log_std_slope<S>(x.prior_scale)};
+  }
 }
 
-template <ScaleType S, class V>
-ISTHMUS_INLINE KlGradient<V> kl_to_prior_gradient(V mean, V scale, V prior_mean, V prior_scale) {
-  const V inverse = inverse_std<S>(prior_scale);
-  const V q = (mean - prior_mean) * inverse;
-  const V e = expm1(log_std_of<S>(scale) - log_std_of<S>(prior_scale));
-  const V excess = e * (e + 2.0f);  // s² / s_prior² - 1
-  return {q * inverse, excess * log_std_slope<S>(scale), -q * inverse,
-          -(q * q + excess) * log_std_slope<S>(prior_scale)};
+// The same, and ∂s / ∂scale of the posterior.
+template <ScaleType S, Prior P, class V>
+ISTHMUS_INLINE Parameters<V> kl_and_std_slopes(const Parameters<V>& x, V& std_slope_of_scale) {
+  if constexpr (S == ScaleType::logvar && P == Prior::standard) {
+    // One exponential for both.
+    const V h = 0.5f * x.scale;
+    V std, remainder;
+    exp_and_expm1mx(h, std, remainder);
+    const V e = h + remainder;
+    std_slope_of_scale = 0.5f * std;
+    return {x.mean, (0.5f * e) * (e + 2.0f), V{}, V{}};
+  } else {
+    std_slope_of_scale = std_slope<S>(x.scale);
+    if constexpr (P == Prior::residual) std_slope_of_scale *= std_of<S>(x.prior_scale);
+    return kl_slopes<S, P>(x);
+  }
 }
 
 }  // namespace

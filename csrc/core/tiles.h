@@ -16,11 +16,14 @@ struct RowTiles {
   int64_t rows, cols;
   int64_t rows_per_item, cols_per_item, chunks_per_row, items;
 
-  RowTiles(int64_t rows_, int64_t cols_) : rows(rows_), cols(cols_) {
-    const bool wide = cols > chunk_columns;
+  // min_rows_per_item: for sums over rows, whose partial results take memory for every item.
+  RowTiles(int64_t rows_, int64_t cols_, int64_t min_rows_per_item = 1, bool split_rows = true)
+      : rows(rows_), cols(cols_) {
+    const bool wide = split_rows && cols > chunk_columns;
     cols_per_item = wide ? chunk_columns : cols;
     chunks_per_row = wide ? (cols + chunk_columns - 1) / chunk_columns : 1;
     rows_per_item = cols == 0 || cols >= tile_elements ? 1 : tile_elements / cols;
+    if (rows_per_item < min_rows_per_item) rows_per_item = min_rows_per_item;
     items = (rows + rows_per_item - 1) / rows_per_item * chunks_per_row;
   }
 
@@ -40,6 +43,32 @@ struct RowTiles {
             cols_left < cols_per_item ? cols_left : cols_per_item};
   }
 };
+
+// What a kernel works on at a time: some whole rows of an item, or a stretch of one row. At most tile_elements
+// elements, neighbours in the contiguous order of the problem.
+struct Piece {
+  int64_t item, row, rows, col, cols;
+  int64_t first;     // of its elements
+  bool begins_rows;  // no earlier piece of the item has elements of these rows
+  bool begins_cols;  // no earlier piece of the item has elements of these columns
+  int64_t count() const { return rows * cols; }
+};
+
+template <class F>
+inline void for_each_piece(const RowTiles& tiles, int64_t index, F&& f) {
+  const RowTiles::Item item = tiles.item(index);
+  const bool whole_rows = item.cols == tiles.cols && item.cols <= tile_elements;
+  const int64_t cols_at_once = whole_rows ? item.cols : tile_elements;
+  const int64_t rows_at_once = whole_rows && item.cols > 0 ? tile_elements / item.cols : 1;
+  for (int64_t r = 0; r < item.rows; r += rows_at_once) {
+    for (int64_t c = 0; c < item.cols; c += cols_at_once) {
+      const int64_t rows = item.rows - r < rows_at_once ? item.rows - r : rows_at_once;
+      const int64_t cols = item.cols - c < cols_at_once ? item.cols - c : cols_at_once;
+      const int64_t row = item.row + r, col = item.col + c;
+      f(Piece{index, row, rows, col, cols, row * tiles.cols + col, c == 0, r == 0});
+    }
+  }
+}
 
 // Where the row sums of a kernel go: straight to `sums` when an item holds whole rows, else through partial sums
 // [rows, chunks_per_row] that finish() adds in chunk order. sums may be null: nothing to sum.

@@ -1,51 +1,52 @@
-// Divergences between Gaussians: the kernels, free of torch. All pointers are to contiguous memory.
+// Divergences between Gaussians, and the streaming mean of importance weights: the kernels, free of torch.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/gaussians.h"
 #include "core/isa.h"
-#include "core/scale_type.h"
 
 namespace isthmus {
 
-// kl[row] = weight · Σ_cols KL(N(mean, s²) ‖ prior).
-//
-// Every reduction is a choice of rows and cols: no reduction is one column, the sum of everything is one row.
+// kl = Σ KL(N(mean, s²) ‖ prior), summed and weighted as the reduction says.
 struct GaussianKl {
-  DType dtype;
-  ScaleType scale_type;
-  int64_t rows, cols;
-  double weight;
-  const void* mean;         // [rows, cols]
-  const void* scale;        // [rows, cols]
-  const void* prior_mean;   // [rows, cols], or null for the standard normal
-  const void* prior_scale;  // [rows, cols], or null with prior_mean
-  bool shared_prior;        // prior_mean and prior_scale hold one element each, the prior of every element
-  void* kl;                 // [rows] in the accumulate type
-  void* workspace;          // CUDA: gaussian_kl_workspace() elements of the accumulate type; else null
+  Gaussians posterior;
+  Reduction reduction;
+  void* kl;         // [reduction.sums()] in the accumulate type
+  void* workspace;  // CUDA: gaussian_kl_workspace() elements of the accumulate type; else null
 };
 
 struct GaussianKlBackward {
+  Gaussians posterior;
+  Reduction reduction;
+  const void* grad;                       // [reduction.sums()] in the accumulate type
+  double posterior_weight, prior_weight;  // factors on the gradient to either side
+  GaussianGradients grads;
+};
+
+// bound[g, col] = log mean_k exp(log_weights[g, k, col])
+struct LogMeanExp {
   DType dtype;
-  ScaleType scale_type;
-  int64_t rows, cols;
-  double weight;
-  const void* grad;  // [rows] in the accumulate type
-  const void* mean;
-  const void* scale;
-  const void* prior_mean;
-  const void* prior_scale;
-  bool shared_prior;
-  void* grad_mean;  // [rows, cols]
-  void* grad_scale;
-  void* grad_prior_mean;   // [rows, cols] even if the prior is shared; null without a prior
-  void* grad_prior_scale;  // null with grad_prior_mean
+  int64_t groups, samples, cols;
+  const void* log_weights;  // [groups, samples, cols]
+  void* bound;              // [groups, cols] in the accumulate type
+};
+
+struct LogMeanExpBackward {
+  DType dtype;
+  int64_t groups, samples, cols;
+  const void* grad;         // [groups, cols] in the accumulate type
+  const void* log_weights;  // [groups, samples, cols]
+  const void* bound;        // [groups, cols]
+  void* grad_log_weights;   // [groups, samples, cols]: grad times the normalised weights
 };
 
 struct DivergenceKernels {
   void (*gaussian_kl)(const GaussianKl&);
   void (*gaussian_kl_backward)(const GaussianKlBackward&);
+  void (*log_mean_exp)(const LogMeanExp&);
+  void (*log_mean_exp_backward)(const LogMeanExpBackward&);
 };
 
 ISTHMUS_DECLARE_KERNELS(DivergenceKernels, divergence)
@@ -53,9 +54,11 @@ ISTHMUS_DECLARE_KERNELS(DivergenceKernels, divergence)
 // CUDA: the same arguments with device pointers. Launches on `stream` (a cudaStream_t) of the current device and
 // returns without waiting.
 namespace cuda {
-int64_t gaussian_kl_workspace(int64_t rows, int64_t cols);
+int64_t gaussian_kl_workspace(const Reduction&);
 void divergence_gaussian_kl(const GaussianKl&, void* stream);
 void divergence_gaussian_kl_backward(const GaussianKlBackward&, void* stream);
+void divergence_log_mean_exp(const LogMeanExp&, void* stream);
+void divergence_log_mean_exp_backward(const LogMeanExpBackward&, void* stream);
 }  // namespace cuda
 
 }  // namespace isthmus

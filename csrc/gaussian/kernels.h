@@ -1,11 +1,11 @@
-// Reparameterised Gaussian sampling: the kernels, free of torch. All pointers are to contiguous memory.
+// Reparameterised Gaussian sampling: the kernels, free of torch.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/gaussians.h"
 #include "core/isa.h"
-#include "core/scale_type.h"
 
 namespace isthmus {
 
@@ -16,37 +16,36 @@ struct GaussianNoise {
   void* noise;  // [count]
 };
 
-// z = mean + temperature · s · noise; optionally the divergence of each row from the prior.
+// z = mean + temperature · s · noise, on request with the divergence from the prior and the log-densities of z.
+// Antithetic samples come in pairs: the second has the noise of the first, negated.
 struct GaussianSample {
-  DType dtype;
-  ScaleType scale_type;
-  int64_t rows, cols, num_samples;
+  Gaussians posterior;
+  Reduction reduction;  // of the divergence; its view of the elements is that of all results
+  int64_t num_samples;
+  bool antithetic;
   double temperature;
-  const int64_t* key;       // [2]: seed, offset
-  const void* mean;         // [rows, cols]
-  const void* scale;        // [rows, cols]
-  const void* prior_mean;   // [rows, cols], or null for the standard normal
-  const void* prior_scale;  // [rows, cols], or null with prior_mean
-  void* z;                  // [num_samples, rows, cols]
-  void* kl;                 // [rows] in the accumulate type, or null: no divergence
+  const int64_t* key;  // [2]: seed, offset
+  void* z;             // [num_samples, rows, cols]
+  void* kl;            // [reduction.sums()] in the accumulate type, or null
+  void* log_q;         // [num_samples, rows] in the accumulate type, or null. Density of z under the posterior
+  void* log_p;         // the same under the prior; null with log_q
 };
 
 struct GaussianSampleBackward {
-  DType dtype;
-  ScaleType scale_type;
-  int64_t rows, cols, num_samples;
+  Gaussians posterior;
+  Reduction reduction;
+  int64_t num_samples;
+  bool antithetic;
   double temperature;
   const int64_t* key;
-  const void* grad_z;   // [num_samples, rows, cols]
-  const void* grad_kl;  // [rows] in the accumulate type, or null
-  const void* mean;     // [rows, cols]; may be null with grad_kl
-  const void* scale;
-  const void* prior_mean;  // null for the standard normal
-  const void* prior_scale;
-  void* grad_mean;  // [rows, cols]
-  void* grad_scale;
-  void* grad_prior_mean;  // null with prior_mean
-  void* grad_prior_scale;
+  const void* grad_z;      // [num_samples, rows, cols]
+  const void* grad_kl;     // [reduction.sums()], or null
+  const void* grad_log_q;  // [num_samples, rows], or null
+  const void* grad_log_p;  // null with grad_log_q
+  bool path_only;          // log_q has gradients through z alone, not through the parameters of its density
+  const void* gate;        // [num_samples, rows]: factor on all that flows through a sample; or null
+  double posterior_weight, prior_weight;  // factors on the gradient of the divergence to either side
+  GaussianGradients grads;
 };
 
 struct GaussianKernels {
@@ -60,8 +59,10 @@ ISTHMUS_DECLARE_KERNELS(GaussianKernels, gaussian)
 // CUDA: the same arguments with device pointers. Launches on `stream` (a cudaStream_t) of the current device and
 // returns without waiting.
 namespace cuda {
+// Elements of the accumulate type that gaussian_sample needs for partial sums of the divergence.
+int64_t gaussian_sample_workspace(const Reduction&);
 void gaussian_noise(const GaussianNoise&, void* stream);
-void gaussian_sample(const GaussianSample&, void* stream);
+void gaussian_sample(const GaussianSample&, void* workspace, void* stream);
 void gaussian_sample_backward(const GaussianSampleBackward&, void* stream);
 }  // namespace cuda
 

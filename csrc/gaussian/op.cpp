@@ -1,38 +1,10 @@
 // Host entries of the gaussian family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
-#include "op.h"
 #include "gaussian/kernels.h"
+#include "gaussians.h"
 
 namespace isthmus {
 namespace {
-
-struct Prior {
-  OptionalTensor mean, scale;
-
-  Prior(const OptionalTensor& mean_, const OptionalTensor& scale_, const Tensor& like)
-      : mean(as_contiguous(mean_)), scale(as_contiguous(scale_)) {
-    if (mean.has_value() != scale.has_value()) {
-      fail(mean ? "prior_scale" : "prior_mean", " is missing; give both prior_mean and prior_scale, or neither");
-    }
-    if (mean) {
-      check_like(*mean, "prior_mean", like, "mean");
-      check_like(*scale, "prior_scale", like, "mean");
-    }
-  }
-
-  bool given() const { return mean.has_value(); }
-};
-
-int64_t sample_count(int64_t num_samples) {
-  if (num_samples < 0) fail("num_samples is ", num_samples, "; expected 0 (no sample axis) or more");
-  return num_samples == 0 ? 1 : num_samples;
-}
-
-std::vector<int64_t> sample_sizes(const Tensor& mean, int64_t num_samples) {
-  std::vector<int64_t> sizes = sizes_of(mean);
-  if (num_samples > 0) sizes.insert(sizes.begin(), num_samples);
-  return sizes;
-}
 
 Tensor gaussian_noise(const Tensor& key, const std::vector<int64_t>& shape, ScalarType dtype) {
   check_key(key);
@@ -43,120 +15,208 @@ Tensor gaussian_noise(const Tensor& key, const std::vector<int64_t>& shape, Scal
   return noise;
 }
 
-Tensor gaussian_sample(const Tensor& mean_, const Tensor& scale_, const Tensor& key_, const std::string& scale_type,
-                       int64_t num_samples, double temperature) {
-  check_key(key_);
-  check_like(scale_, "scale", mean_, "mean");
-  check_device(key_, "key", mean_, "mean");
-  const Tensor mean = as_contiguous(mean_), scale = as_contiguous(scale_), key = as_contiguous(key_);
-  const Tensor z = empty(sample_sizes(mean, num_samples), mean.scalar_type(), mean);
-  const int64_t cols = last_size(mean);
-  const GaussianSample args{dtype_of(mean, "mean"),
-                            parse_scale_type(scale_type),
-                            leading_size(mean),
-                            cols,
-                            sample_count(num_samples),
-                            temperature,
-                            int64_data(key),
-                            data(mean),
-                            data(scale),
-                            nullptr,
-                            nullptr,
-                            mutable_data(z),
-                            nullptr};
-  ISTHMUS_LAUNCH(mean, gaussian, sample, args);
+// How samples are drawn.
+struct Draw {
+  Tensor key;
+  int64_t num_samples;  // 0: one, without an axis of its own
+  bool antithetic;
+  double temperature;
+
+  Draw(const Tensor& key_, const Tensor& mean, int64_t num_samples_, bool antithetic_, double temperature_)
+      : key(key_), num_samples(num_samples_), antithetic(antithetic_), temperature(temperature_) {
+    check_key(key);
+    check_device(key, "key", mean, "mean");
+    key = as_contiguous(key);
+    if (num_samples < 0) fail("num_samples is ", num_samples, "; expected 0 (no sample axis) or more");
+    if (antithetic && (num_samples == 0 || num_samples % 2 != 0)) {
+      fail("num_samples is ", num_samples, "; expected an even number of antithetic samples");
+    }
+  }
+
+  int64_t count() const { return num_samples == 0 ? 1 : num_samples; }
+  std::vector<int64_t> sizes(std::vector<int64_t> of_one) const {
+    if (num_samples > 0) of_one.insert(of_one.begin(), num_samples);
+    return of_one;
+  }
+};
+
+GaussianSample sample_arguments(const GaussianArguments& q, const Draw& draw, const Reduction& reduction) {
+  GaussianSample args = {};
+  args.posterior = q.gaussians;
+  args.reduction = reduction;
+  args.num_samples = draw.count();
+  args.antithetic = draw.antithetic;
+  args.temperature = draw.temperature;
+  args.key = int64_data(draw.key);
+  return args;
+}
+
+GaussianSampleBackward backward_arguments(const GaussianArguments& q, const Draw& draw, const Reduction& reduction,
+                                          const GaussianGradientTensors& grads) {
+  GaussianSampleBackward args = {};
+  args.posterior = q.gaussians;
+  args.reduction = reduction;
+  args.num_samples = draw.count();
+  args.antithetic = draw.antithetic;
+  args.temperature = draw.temperature;
+  args.key = int64_data(draw.key);
+  args.posterior_weight = args.prior_weight = 1;
+  args.grads = grads.results;
+  return args;
+}
+
+void launch_sample(const GaussianArguments& q, const GaussianSample& args) {
+#if defined(ISTHMUS_CUDA)
+  if (q.mean.is_cuda()) {
+    const Tensor workspace = empty({cuda::gaussian_sample_workspace(args.reduction)}, accumulate_type(q.mean), q.mean);
+    const CudaScope scope(q.mean);
+    return cuda::gaussian_sample(args, mutable_data(workspace), scope.stream);
+  }
+#else
+  (void)q;
+#endif
+  gaussian_kernels().sample(args);
+}
+
+Reduction rows_of(const GaussianArguments& q) { return DivergenceReduction("row", 0, 1, q).view; }
+
+void check_gradient(const Tensor& grad, const char* argument, const std::vector<int64_t>& sizes, ScalarType type) {
+  if (grad.scalar_type() == type && sizes_of(grad) == sizes) return;
+  fail(argument, " has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
+       "; expected those of the result it belongs to");
+}
+
+// ---- samples -------------------------------------------------------------------------------------------------------
+
+Tensor gaussian_sample(const Tensor& mean, const OptionalTensor& scale, const Tensor& key,
+                       const std::string& scale_type, int64_t packed_dim, const std::string& clamp_mode,
+                       double clamp_low, double clamp_high, int64_t num_samples, bool antithetic, double temperature) {
+  const GaussianArguments q(mean, scale, std::nullopt, std::nullopt, std::nullopt,
+                            {scale_type, packed_dim, false, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  const Tensor z = empty(draw.sizes(q.sizes), mean.scalar_type(), mean);
+  GaussianSample args = sample_arguments(q, draw, rows_of(q));
+  args.z = mutable_data(z);
+  launch_sample(q, args);
   return z;
 }
 
-std::tuple<Tensor, Tensor> gaussian_sample_backward(const Tensor& grad_, const Tensor& scale_, const Tensor& key_,
-                                                    const std::string& scale_type, int64_t num_samples,
-                                                    double temperature) {
-  const Tensor grad = as_contiguous(grad_), scale = as_contiguous(scale_), key = as_contiguous(key_);
-  check_dtype(grad, "grad", scale, "scale");
-  const Tensor grad_mean = empty(sizes_of(scale), scale.scalar_type(), scale);
-  const Tensor grad_scale = empty(sizes_of(scale), scale.scalar_type(), scale);
-  const GaussianSampleBackward args{dtype_of(scale, "scale"),
-                                    parse_scale_type(scale_type),
-                                    leading_size(scale),
-                                    last_size(scale),
-                                    sample_count(num_samples),
-                                    temperature,
-                                    int64_data(key),
-                                    data(grad),
-                                    nullptr,
-                                    nullptr,
-                                    data(scale),
-                                    nullptr,
-                                    nullptr,
-                                    mutable_data(grad_mean),
-                                    mutable_data(grad_scale),
-                                    nullptr,
-                                    nullptr};
-  ISTHMUS_LAUNCH(scale, gaussian, sample_backward, args);
-  return {grad_mean, grad_scale};
+// The mean is taken for its layout only: no gradient depends on its values.
+std::tuple<Tensor, Tensor> gaussian_sample_backward(const Tensor& grad_, const Tensor& mean,
+                                                    const OptionalTensor& scale, const Tensor& key,
+                                                    const std::string& scale_type, int64_t packed_dim,
+                                                    const std::string& clamp_mode, double clamp_low, double clamp_high,
+                                                    int64_t num_samples, bool antithetic, double temperature) {
+  const GaussianArguments q(mean, scale, std::nullopt, std::nullopt, std::nullopt,
+                            {scale_type, packed_dim, false, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  check_gradient(grad_, "grad", draw.sizes(q.sizes), mean.scalar_type());
+  const Tensor grad = as_contiguous(grad_);
+  const GaussianGradientTensors grads(q, false);
+  GaussianSampleBackward args = backward_arguments(q, draw, rows_of(q), grads);
+  args.grad_z = data(grad);
+  ISTHMUS_LAUNCH(mean, gaussian, sample_backward, args);
+  return {grads.mean, grads.scale};
 }
 
-std::tuple<Tensor, Tensor> gaussian_sample_kl(const Tensor& mean_, const Tensor& scale_,
+// ---- samples and divergence ----------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> gaussian_sample_kl(const Tensor& mean, const OptionalTensor& scale,
                                               const OptionalTensor& prior_mean, const OptionalTensor& prior_scale,
-                                              const Tensor& key_, const std::string& scale_type, int64_t num_samples,
-                                              double temperature) {
-  check_key(key_);
-  check_like(scale_, "scale", mean_, "mean");
-  check_device(key_, "key", mean_, "mean");
-  const Prior prior(prior_mean, prior_scale, mean_);
-  const Tensor mean = as_contiguous(mean_), scale = as_contiguous(scale_), key = as_contiguous(key_);
-  const Tensor z = empty(sample_sizes(mean, num_samples), mean.scalar_type(), mean);
-  const Tensor kl = empty(leading_sizes(mean), accumulate_type(mean), mean);
-  const GaussianSample args{dtype_of(mean, "mean"),
-                            parse_scale_type(scale_type),
-                            leading_size(mean),
-                            last_size(mean),
-                            sample_count(num_samples),
-                            temperature,
-                            int64_data(key),
-                            data(mean),
-                            data(scale),
-                            data(prior.mean),
-                            data(prior.scale),
-                            mutable_data(z),
-                            mutable_data(kl)};
-  ISTHMUS_LAUNCH(mean, gaussian, sample, args);
+                                              const OptionalTensor& mask, const Tensor& key,
+                                              const std::string& scale_type, int64_t packed_dim, bool residual,
+                                              const std::string& clamp_mode, double clamp_low, double clamp_high,
+                                              int64_t num_samples, bool antithetic, double temperature,
+                                              const std::string& reduction, int64_t groups, double weight, double,
+                                              double) {
+  const GaussianArguments q(mean, scale, prior_mean, prior_scale, mask,
+                            {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  const DivergenceReduction sums(reduction, groups, weight, q);
+  const Tensor z = empty(draw.sizes(q.sizes), mean.scalar_type(), mean);
+  const Tensor kl = empty(sums.sizes, accumulate_type(mean), mean);
+  GaussianSample args = sample_arguments(q, draw, sums.view);
+  args.z = mutable_data(z);
+  args.kl = mutable_data(kl);
+  launch_sample(q, args);
   return {z, kl};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_sample_kl_backward(
-    const Tensor& grad_z_, const Tensor& grad_kl_, const Tensor& mean_, const Tensor& scale_,
-    const OptionalTensor& prior_mean, const OptionalTensor& prior_scale, const Tensor& key_,
-    const std::string& scale_type, int64_t num_samples, double temperature) {
-  check_like(scale_, "scale", mean_, "mean");
-  const Prior prior(prior_mean, prior_scale, mean_);
+    const Tensor& grad_z_, const Tensor& grad_kl_, const Tensor& mean, const OptionalTensor& scale,
+    const OptionalTensor& prior_mean, const OptionalTensor& prior_scale, const OptionalTensor& mask, const Tensor& key,
+    const std::string& scale_type, int64_t packed_dim, bool residual, const std::string& clamp_mode, double clamp_low,
+    double clamp_high, int64_t num_samples, bool antithetic, double temperature, const std::string& reduction,
+    int64_t groups, double weight, double posterior_weight, double prior_weight, bool prior_gradient) {
+  const GaussianArguments q(mean, scale, prior_mean, prior_scale, mask,
+                            {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  const DivergenceReduction sums(reduction, groups, weight, q);
+  check_gradient(grad_z_, "grad_z", draw.sizes(q.sizes), mean.scalar_type());
+  check_gradient(grad_kl_, "grad_kl", sums.sizes, accumulate_type(mean));
   const Tensor grad_z = as_contiguous(grad_z_), grad_kl = as_contiguous(grad_kl_);
-  check_dtype(grad_z, "grad_z", mean_, "mean");
-  const Tensor mean = as_contiguous(mean_), scale = as_contiguous(scale_), key = as_contiguous(key_);
-  const auto gradient = [&](bool wanted) {
-    return wanted ? empty(sizes_of(mean), mean.scalar_type(), mean) : absent(mean);
-  };
-  const Tensor grad_mean = gradient(true), grad_scale = gradient(true);
-  const Tensor grad_prior_mean = gradient(prior.given()), grad_prior_scale = gradient(prior.given());
-  const GaussianSampleBackward args{dtype_of(mean, "mean"),
-                                    parse_scale_type(scale_type),
-                                    leading_size(mean),
-                                    last_size(mean),
-                                    sample_count(num_samples),
-                                    temperature,
-                                    int64_data(key),
-                                    data(grad_z),
-                                    data(grad_kl),
-                                    data(mean),
-                                    data(scale),
-                                    data(prior.mean),
-                                    data(prior.scale),
-                                    mutable_data(grad_mean),
-                                    mutable_data(grad_scale),
-                                    mutable_data(grad_prior_mean),
-                                    mutable_data(grad_prior_scale)};
+  const GaussianGradientTensors grads(q, prior_gradient);
+  GaussianSampleBackward args = backward_arguments(q, draw, sums.view, grads);
+  args.grad_z = data(grad_z);
+  args.grad_kl = data(grad_kl);
+  args.posterior_weight = posterior_weight;
+  args.prior_weight = prior_weight;
   ISTHMUS_LAUNCH(mean, gaussian, sample_backward, args);
-  return {grad_mean, grad_scale, grad_prior_mean, grad_prior_scale};
+  return grads.tensors();
+}
+
+// ---- samples, divergence and log-densities -------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_sample_log_prob(
+    const Tensor& mean, const OptionalTensor& scale, const OptionalTensor& prior_mean,
+    const OptionalTensor& prior_scale, const Tensor& key, const std::string& scale_type, int64_t packed_dim,
+    bool residual, const std::string& clamp_mode, double clamp_low, double clamp_high, int64_t num_samples,
+    bool antithetic, double temperature, const std::string&, int64_t) {
+  const GaussianArguments q(mean, scale, prior_mean, prior_scale, std::nullopt,
+                            {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  const ScalarType wide = accumulate_type(mean);
+  const Tensor z = empty(draw.sizes(q.sizes), mean.scalar_type(), mean);
+  const Tensor kl = empty(q.leading_sizes(), wide, mean);
+  const Tensor log_q = empty(draw.sizes(q.leading_sizes()), wide, mean);
+  const Tensor log_p = empty(draw.sizes(q.leading_sizes()), wide, mean);
+  GaussianSample args = sample_arguments(q, draw, rows_of(q));
+  args.z = mutable_data(z);
+  args.kl = mutable_data(kl);
+  args.log_q = mutable_data(log_q);
+  args.log_p = mutable_data(log_p);
+  launch_sample(q, args);
+  return {z, kl, log_q, log_p};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_sample_log_prob_backward(
+    const Tensor& grad_z_, const Tensor& grad_kl_, const Tensor& grad_log_q_, const Tensor& grad_log_p_,
+    const OptionalTensor& gate_, const Tensor& mean, const OptionalTensor& scale, const OptionalTensor& prior_mean,
+    const OptionalTensor& prior_scale, const Tensor& key, const std::string& scale_type, int64_t packed_dim,
+    bool residual, const std::string& clamp_mode, double clamp_low, double clamp_high, int64_t num_samples,
+    bool antithetic, double temperature, bool path_only, bool prior_gradient) {
+  const GaussianArguments q(mean, scale, prior_mean, prior_scale, std::nullopt,
+                            {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
+  const Draw draw(key, mean, num_samples, antithetic, temperature);
+  const ScalarType wide = accumulate_type(mean);
+  check_gradient(grad_z_, "grad_z", draw.sizes(q.sizes), mean.scalar_type());
+  check_gradient(grad_kl_, "grad_kl", q.leading_sizes(), wide);
+  check_gradient(grad_log_q_, "grad_log_q", draw.sizes(q.leading_sizes()), wide);
+  check_gradient(grad_log_p_, "grad_log_p", draw.sizes(q.leading_sizes()), wide);
+  if (gate_) check_gradient(*gate_, "gate", draw.sizes(q.leading_sizes()), wide);
+  const Tensor grad_z = as_contiguous(grad_z_), grad_kl = as_contiguous(grad_kl_);
+  const Tensor grad_log_q = as_contiguous(grad_log_q_), grad_log_p = as_contiguous(grad_log_p_);
+  const OptionalTensor gate = as_contiguous(gate_);
+  const GaussianGradientTensors grads(q, prior_gradient);
+  GaussianSampleBackward args = backward_arguments(q, draw, rows_of(q), grads);
+  args.grad_z = data(grad_z);
+  args.grad_kl = data(grad_kl);
+  args.grad_log_q = data(grad_log_q);
+  args.grad_log_p = data(grad_log_p);
+  args.path_only = path_only;
+  args.gate = data(gate);
+  ISTHMUS_LAUNCH(mean, gaussian, sample_backward, args);
+  return grads.tensors();
 }
 
 }  // namespace
@@ -167,6 +227,8 @@ void register_gaussian(StableLibrary& m) {
   m.impl("gaussian_sample_backward", TORCH_BOX(&gaussian_sample_backward));
   m.impl("gaussian_sample_kl", TORCH_BOX(&gaussian_sample_kl));
   m.impl("gaussian_sample_kl_backward", TORCH_BOX(&gaussian_sample_kl_backward));
+  m.impl("gaussian_sample_log_prob", TORCH_BOX(&gaussian_sample_log_prob));
+  m.impl("gaussian_sample_log_prob_backward", TORCH_BOX(&gaussian_sample_log_prob_backward));
 }
 
 }  // namespace isthmus

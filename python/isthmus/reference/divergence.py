@@ -1,55 +1,80 @@
-"""Divergences between Gaussians."""
+"""Divergences between Gaussians, and the bound of importance weights."""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus.reference._numeric import log_standard_deviation, widen
+from isthmus.reference._gaussians import posterior, reduce
+from isthmus.reference._numeric import widen
 
-__all__ = ["gaussian_kl"]
+__all__ = ["gaussian_kl", "log_mean_exp"]
 
 
 def gaussian_kl(
     mean: Tensor,
-    scale: Tensor,
-    prior_mean: Tensor | None = None,
-    prior_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    prior_mean: Tensor | float | None = None,
+    prior_scale: Tensor | float | None = None,
     *,
-    scale_type: str = "logvar",
+    mask: Tensor | None = None,
     reduction: str = "row",
+    groups: int = 1,
+    unit: str = "nats",
+    beta: float = 1.0,
+    free_bits: float = 0.0,
+    capacity: float | None = None,
+    balance: float | None = None,
+    **parameters: Any,
 ) -> Tensor:
-    """KL(N(mean, s^2) || N(prior_mean, s_prior^2)) of diagonal Gaussians, in nats.
+    """KL(N(mean, s^2) || N(prior_mean, s_prior^2)) of diagonal Gaussians.
 
     With d = log s - log s_prior, each element is
     ``((mean - prior_mean) / s_prior)^2 / 2 + (expm1(2d) - 2d) / 2``. Both terms are non-negative
     and keep the relative accuracy of d as the posterior approaches the prior, where the textbook
     form subtracts nearly equal numbers and loses every digit.
 
-    Gradients flow to all four tensors. Half inputs give a float32 result.
+    The reduced divergence k becomes ``beta * |max(k, free_bits) - capacity|``, without the
+    absolute value where ``capacity`` is None. ``balance`` = a keeps the value and splits the gradient:
+    a reaches the prior, 1 - a the posterior (Hafner et al., Mastering Atari with Discrete World Models,
+    2021). Half inputs give a float32 result.
 
     Args:
-        mean: shape [..., D].
+        mean: [..., D]; without a scale, mean and scale as halves along ``packed_dim``.
         scale: shape of ``mean``; ``scale_type`` says what it stands for.
-        prior_mean, prior_scale: shape of ``mean``, the scale of the same type; both ``None`` for
-            the standard prior N(0, 1).
-        reduction: "none" [..., D], "row" [...] (sum over the last dimension), "sum" [], or
+        prior_mean, prior_scale: numbers or tensors that broadcast with ``mean``; both ``None`` for N(0, 1).
+        mask: [...], bool; rows where it is False count nothing.
+        reduction: "none" [..., D], "row" [...] (sum over the last dimension), "group" [..., groups],
+            "batch" [B] (sum over all but the first), "dim" [D] (mean over all but the last), "sum" [], or
             "mean" [] (mean over rows of the row sums).
+        parameters: scale_type, packed_dim, residual, clamp, clamp_mode.
 
     Raises:
-        ValueError: unknown ``scale_type`` or ``reduction``, or half of a prior.
+        ValueError: unknown option, or half of a prior.
 
     Example:
         >>> gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
     """
-    shift, log_ratio = widen(mean), log_standard_deviation(widen(scale), scale_type)
-    if prior_mean is not None and prior_scale is not None:
-        log_prior_std = log_standard_deviation(widen(prior_scale), scale_type)
-        shift = (shift - widen(prior_mean)) * torch.exp(-log_prior_std)
-        log_ratio = log_ratio - log_prior_std
-    elif prior_mean is not prior_scale:
-        missing = "prior_mean" if prior_mean is None else "prior_scale"
-        raise ValueError(f"{missing} is None; expected both prior_mean and prior_scale, or neither")
-    return _reduce(0.5 * shift.square() + 0.5 * _exp_tail(2 * log_ratio), reduction)
+    if balance is None:
+        kl = _elements(mean, scale, prior_mean, prior_scale, parameters)
+    else:
+        of_posterior = _elements(mean, scale, _constant(prior_mean), _constant(prior_scale), parameters)
+        of_prior = _elements(_constant(mean), _constant(scale), prior_mean, prior_scale, parameters)
+        kl = (1 - balance) * of_posterior + balance * of_prior
+    kl = reduce(kl, reduction, groups, mask) / (math.log(2) if unit == "bits" else 1)
+    kl = kl.clamp(min=free_bits) if free_bits > 0 else kl
+    return beta * (kl if capacity is None else (kl - capacity).abs())
+
+
+def _elements(mean: Any, scale: Any, prior_mean: Any, prior_scale: Any, parameters: dict[str, Any]) -> Tensor:
+    q = posterior(mean, scale, prior_mean, prior_scale, **parameters)
+    return 0.5 * q.shift.square() + 0.5 * _exp_tail(2 * q.log_ratio)
+
+
+def _constant(t: Any) -> Any:
+    return t.detach() if isinstance(t, Tensor) else t
 
 
 def _exp_tail(x: Tensor) -> Tensor:
@@ -62,13 +87,20 @@ def _exp_tail(x: Tensor) -> Tensor:
     return torch.where(near, 0.5 * small.square() * series, torch.expm1(x) - x)
 
 
-def _reduce(kl: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return kl
-    if reduction == "row":
-        return kl.sum(-1)
-    if reduction == "sum":
-        return kl.sum()
-    if reduction == "mean":
-        return kl.sum(-1).mean()
-    raise ValueError(f"reduction is {reduction!r}; expected 'none', 'row', 'sum' or 'mean'")
+def log_mean_exp(log_weights: Tensor, *, groups: int = 1) -> Tensor:
+    """log mean exp over groups of the leading dimension: the importance-weighted bound.
+
+    ``log 1/K sum_k exp(log_weights[g, k])`` with K the size of a group. Half inputs give float32.
+
+    Args:
+        log_weights: [groups * K, ...].
+
+    Returns:
+        [groups, ...].
+
+    Example:
+        >>> log_mean_exp(torch.tensor([[0.0], [math.log(3.0)]])).exp()
+        tensor([[2.]])
+    """
+    by_group = widen(log_weights).unflatten(0, (groups, -1))
+    return torch.logsumexp(by_group, 1) - math.log(by_group.shape[1])

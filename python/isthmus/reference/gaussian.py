@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isthmus.random import philox4x32
-from isthmus.reference._numeric import standard_deviation, widen
+from isthmus.reference._gaussians import Posterior, clamp_scale, posterior, unpack
+from isthmus.reference._numeric import widen
 from isthmus.reference.divergence import gaussian_kl
 
-__all__ = ["gaussian_noise", "gaussian_sample", "gaussian_sample_kl"]
+__all__ = ["gaussian_noise", "gaussian_sample", "gaussian_sample_kl", "gaussian_sample_log_prob"]
 
 
 def gaussian_noise(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,12 +71,13 @@ def gaussian_noise(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
 
 def gaussian_sample(
     mean: Tensor,
-    scale: Tensor,
+    scale: Tensor | None = None,
     *,
-    scale_type: str = "logvar",
     num_samples: int | None = None,
+    antithetic: bool = False,
     temperature: float = 1.0,
     noise: Tensor,
+    **parameters: Any,
 ) -> Tensor:
     """Samples ``z = mean + temperature * s(scale) * noise``.
 
@@ -82,16 +85,18 @@ def gaussian_sample(
     Half inputs are computed in float32 and rounded once, with the noise as it is given.
 
     Args:
-        mean: shape [...].
+        mean: [...]; without a scale, mean and scale as halves along ``packed_dim``.
         scale: shape of ``mean``; ``scale_type`` says what it stands for.
         num_samples: S, for an extra leading axis of samples; ``None`` for one sample without it.
-        noise: shape [...], or [S, ...].
+        antithetic: samples 2j and 2j + 1 take ``noise[j]`` and its negative.
+        noise: [...], [S, ...], or [S / 2, ...] for antithetic samples.
+        parameters: scale_type, packed_dim, clamp, clamp_mode.
 
     Returns:
-        z: shape of ``noise``, dtype of ``mean``.
+        z: [...] or [S, ...], dtype of ``mean``.
 
     Raises:
-        ValueError: unknown ``scale_type``, or ``noise`` of another shape.
+        ValueError: an unknown option, or ``noise`` of another shape.
 
     Example:
         >>> mean, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
@@ -99,28 +104,32 @@ def gaussian_sample(
         >>> torch.equal(gaussian_sample(mean, logvar, num_samples=5, noise=noise), noise)
         True
     """
-    expected = mean.shape if num_samples is None else (num_samples, *mean.shape)
-    if noise.shape != expected:
-        raise ValueError(f"noise has shape {list(noise.shape)}; expected {list(expected)}")
-    std = standard_deviation(widen(scale), scale_type)
-    return (widen(mean) + temperature * std * widen(noise)).to(mean.dtype)
+    q = posterior(mean, scale, **parameters)
+    return _draw(q, num_samples, antithetic, temperature, noise).to(mean.dtype)
 
 
 def gaussian_sample_kl(
     mean: Tensor,
-    scale: Tensor,
-    prior_mean: Tensor | None = None,
-    prior_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    prior_mean: Tensor | float | None = None,
+    prior_scale: Tensor | float | None = None,
     *,
-    scale_type: str = "logvar",
+    mask: Tensor | None = None,
     num_samples: int | None = None,
+    antithetic: bool = False,
     temperature: float = 1.0,
-    reduction: str = "row",
     noise: Tensor,
+    scale_type: str = "logvar",
+    packed_dim: int = -1,
+    residual: bool = False,
+    clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+    **divergence: Any,
 ) -> tuple[Tensor, Tensor]:
     """``gaussian_sample`` and ``gaussian_kl`` of the same posterior.
 
-    The temperature changes the samples only, and the divergence has no sample axis.
+    The temperature changes the samples only, and the divergence has no sample axis. ``divergence`` holds the
+    options of ``gaussian_kl``. Samples of rows that the mask leaves out are 0.
 
     Returns:
         z and kl, as the two functions give them.
@@ -130,16 +139,81 @@ def gaussian_sample_kl(
         >>> z[0], kl
         (tensor([2., 2., 2.]), tensor([1.5000, 1.5000]))
     """
-    z = gaussian_sample(
-        mean,
-        scale,
-        scale_type=scale_type,
-        num_samples=num_samples,
-        temperature=temperature,
-        noise=noise,
-    )
-    kl = gaussian_kl(mean, scale, prior_mean, prior_scale, scale_type=scale_type, reduction=reduction)
-    return z, kl
+    mean, scale = unpack(mean, scale, packed_dim)
+    scale = clamp_scale(scale, clamp, clamp_mode)  # once: a clamp may look at the gradient that reaches it
+    tensors = (mean, scale, prior_mean, prior_scale)
+    parameters: dict[str, Any] = {"scale_type": scale_type, "residual": residual}
+    z = _draw(posterior(*tensors, **parameters), num_samples, antithetic, temperature, noise).to(mean.dtype)
+    if mask is not None:
+        z = torch.where(mask.unsqueeze(-1), z, 0)
+    return z, gaussian_kl(mean, scale, prior_mean, prior_scale, mask=mask, **parameters, **divergence)
+
+
+def gaussian_sample_log_prob(
+    mean: Tensor,
+    scale: Tensor | None = None,
+    prior_mean: Tensor | float | None = None,
+    prior_scale: Tensor | float | None = None,
+    *,
+    num_samples: int | None = None,
+    antithetic: bool = False,
+    temperature: float = 1.0,
+    noise: Tensor,
+    scale_type: str = "logvar",
+    packed_dim: int = -1,
+    residual: bool = False,
+    clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+    path_only: bool = False,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples, their posterior's divergence, and the log-densities of the samples.
+
+    ``log_q = sum_d log N(z; mean, s^2)`` and ``log_p = sum_d log prior(z)``. With ``path_only`` the parameters
+    inside log_q are held constant, so that its gradient flows through z alone (Roeder et al., Sticking the
+    Landing, 2017). ``gate`` multiplies the gradient that reaches the posterior through a sample.
+
+    Args:
+        gate: [S, ...], without the last dimension of ``mean``.
+
+    Returns:
+        z [S, ..., D], kl [...], log_q [S, ...], log_p [S, ...]; without S if ``num_samples`` is None.
+    """
+    mean, scale = unpack(mean, scale, packed_dim)
+    tensors = (mean, clamp_scale(scale, clamp, clamp_mode), prior_mean, prior_scale)
+    parameters: dict[str, Any] = {"scale_type": scale_type, "residual": residual}
+    q = posterior(*tensors, **parameters)
+    wide_z = _draw(q, num_samples, antithetic, temperature, noise)
+    density: tuple[Tensor, ...] = (q.mean, q.log_std)
+    if path_only:
+        density = (density[0].detach(), density[1].detach())
+    if gate is not None:
+        # The value stays, the gradient is multiplied; the posterior sees z and its own density through the gate.
+        wide_z = _scale_gradient(wide_z, gate.unsqueeze(-1))
+        expanded = (t.expand_as(wide_z) for t in density)
+        density = tuple(_scale_gradient(t, gate.unsqueeze(-1)) for t in expanded)
+    log_q = _log_normal(wide_z, *density)
+    log_p = _log_normal(wide_z, q.prior_mean, q.log_prior_std)
+    return wide_z.to(mean.dtype), gaussian_kl(*tensors, **parameters), log_q, log_p
+
+
+def _draw(q: Posterior, num_samples: int | None, antithetic: bool, temperature: float, noise: Tensor) -> Tensor:
+    if antithetic:
+        noise = torch.stack((noise, -noise), 1).flatten(0, 1)
+    expected = q.mean.shape if num_samples is None else (num_samples, *q.mean.shape)
+    if noise.shape != expected:
+        raise ValueError(f"noise has shape {list(noise.shape)}; expected {list(expected)}")
+    return q.mean + temperature * q.std * widen(noise)
+
+
+def _scale_gradient(t: Tensor, factor: Tensor) -> Tensor:
+    return t.detach() + factor * (t - t.detach())
+
+
+def _log_normal(z: Tensor, mean: Tensor | float, log_std: Tensor | float) -> Tensor:
+    log_std = torch.as_tensor(log_std, dtype=z.dtype)
+    u = (z - mean) * torch.exp(-log_std)
+    return (-0.5 * u.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def _uniform32(word: Tensor) -> Tensor:
