@@ -25,40 +25,12 @@ inline double gumbel(uint32_t a, uint32_t b) {
   return -__builtin_log(-__builtin_log1p(v < below_one_64 ? -v : -below_one_64));
 }
 
-constexpr int gumbels_per_step = 4 * lanes<float>;
-
-// gumbels_per_step values, from block `block` on, in memory order: the transpose of the four words, as normal_step does.
-ISTHMUS_INLINE void gumbel_step(const Key& key, uint64_t block, f32v (&out)[4]) {
-  u64v even, odd;
-  lane_counters(even, odd);
-  const uint64_t first = key.offset + block;
-  const WideWords a = philox(key.seed, even + first), b = philox(key.seed, odd + first);
-  f32v n[4];
-  for (int j = 0; j < 4; ++j) n[j] = gumbel(join_halves(a.w[j], b.w[j]));
-  const f32v low01 = unpack<0>(n[0], n[1]), high01 = unpack<1>(n[0], n[1]);
-  const f32v low23 = unpack<0>(n[2], n[3]), high23 = unpack<1>(n[2], n[3]);
-  out[0] = unpack_pairs<0>(low01, low23);
-  out[1] = unpack_pairs<1>(low01, low23);
-  out[2] = unpack_pairs<0>(high01, high23);
-  out[3] = unpack_pairs<1>(high01, high23);
-}
-
 // Values [first, first + count) of the key.
 inline void fill_gumbel(const Key& key, int64_t first, int64_t count, float* out) {
-  const int64_t end = first + count;
-  for (int64_t start = first / 4 * 4; start < end; start += gumbels_per_step) {
-    f32v step[4];
-    gumbel_step(key, static_cast<uint64_t>(start / 4), step);
-    if (start >= first && start + gumbels_per_step <= end) {
-      for (int j = 0; j < 4; ++j) store(out + (start - first) + j * lanes<float>, step[j]);
-    } else {
-      float whole[gumbels_per_step];
-      for (int j = 0; j < 4; ++j) store(whole + j * lanes<float>, step[j]);
-      const int64_t from = start < first ? first : start;
-      const int64_t to = start + gumbels_per_step < end ? start + gumbels_per_step : end;
-      std::memcpy(out + (from - first), whole + (from - start), static_cast<size_t>(to - from) * sizeof(float));
-    }
-  }
+  const auto to_gumbel = [](const u32v (&word)[4], f32v (&n)[4]) __attribute__((always_inline)) {
+    for (int i = 0; i < 4; ++i) n[i] = gumbel(word[i]);
+  };
+  fill_stream(key, first, count, to_gumbel, out);
 }
 
 // float64 serves gradient checks and oracles: plain scalar code.

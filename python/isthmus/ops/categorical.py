@@ -38,7 +38,7 @@ def gumbel_noise(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.f
 
     Example:
         >>> noise = gumbel_noise(isthmus.key(0), (2, 3))
-        >>> winner = (logits + noise).argmax(-1)  # a sample of softmax(logits): the Gumbel-max trick
+        >>> sample = (torch.zeros(2, 3) + noise).argmax(-1)  # of softmax(zeros): the Gumbel-max trick
     """
     return _ops.gumbel_noise(key, shape, dtype)
 
