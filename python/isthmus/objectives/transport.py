@@ -1,7 +1,7 @@
 """Transport distances between samples and between Gaussians: sliced Wasserstein, Sinkhorn, Fréchet.
 
-Distances are returned to their p-th power, the form that is differentiable at zero and unbiased in its directions; take
-the root for a number in the units of the data.
+Distances come to their p-th power: it can be averaged over directions and batches and, for p > 1, is differentiable at
+zero. Its root is in the units of the data.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def quasi_directions(
 
     Args:
         num: L, the number of directions.
-        dim: D, the dimension of the space, at least 2.
+        dim: D, the dimension of the space, at least 2; at most 21201, the end of the Sobol table.
         key: int64 [2], draws the rotation; None for the same directions every time.
         dtype: float32 or float64.
         device: where the directions live; default: the device of the key, or the CPU.
@@ -203,8 +203,8 @@ def _sphere(num: int) -> Tensor:
 def _sobol_sphere(num: int, dim: int) -> Tensor:
     cells = 2 ** max(num - 1, 1).bit_length()
     points = torch.quasirandom.SobolEngine(dim).draw(num, dtype=torch.float64)
-    # The first point is the origin and the second the middle of the cube; in the middle of its cell neither maps to a
-    # vector without direction.
+    # Moved from the corner of its cell to the middle: the first point, the origin, would map to infinity, and the
+    # second, the centre of the cube, to a vector without direction.
     normals = torch.special.ndtri(points + 0.5 / cells)
     return normalize(normals, dim=-1)
 
