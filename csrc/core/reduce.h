@@ -64,7 +64,7 @@ class Sums {
     const int64_t count = reduction_.sums();
     if (sums_ == nullptr) return;
     if (tiles_.rows * tiles_.cols == 0) {
-      for (int64_t i = 0; i < count; ++i) sums_[i] = 0;
+      for (int64_t i = 0; i < count; ++i) sums_[i] = 0 * weight_;  // the mean of nothing is NaN
       return;
     }
     if (partial_ == sums_) return;
@@ -109,10 +109,10 @@ inline void spread(const Reduction& reduction, const Piece& piece, const C* grad
   const C weight = static_cast<C>(reduction.weight);
   for (int64_t r = 0; r < piece.rows; ++r) {
     C* row = elements + r * piece.cols;
-    if (reduction.cols == 1) {
-      row[0] = weight * grad[piece.row + r];
-    } else if (reduction.over_rows) {
+    if (reduction.over_rows) {
       for (int64_t c = 0; c < piece.cols; ++c) row[c] = weight * grad[piece.col + c];
+    } else if (reduction.cols == 1) {
+      row[0] = weight * grad[piece.row + r];
     } else {
       const C value = weight * grad[piece.row + r];
       for (int64_t c = 0; c < piece.cols; ++c) row[c] = value;

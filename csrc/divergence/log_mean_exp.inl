@@ -58,7 +58,7 @@ void log_mean_exp_backward(const LogMeanExpBackward& args) {
       const V grad = load_first(static_cast<const C*>(args.grad) + group * args.cols + col, left);
       const V share = grad / static_cast<C>(args.samples);
       // Without any weight every sample has the same part in the bound: none.
-      const V finite = bound > -C(__builtin_inf()) ? bound : V{};
+      const V finite = bound == -C(__builtin_inf()) ? V{} : bound;
       T* out = static_cast<T*>(args.grad_log_weights) + first;
       for (int64_t k = 0; k < args.samples; ++k) {
         store_first(out + k * args.cols, share * exp(strip.at(k) - finite), left);
