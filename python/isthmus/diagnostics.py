@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus import ops
 from isthmus.reference._numeric import standard_deviation, widen
 
-KINDS = ("passive", "mixed", "active")
+_KINDS = ("passive", "mixed", "active")
 
 
 def active_units(mean: Tensor, *, threshold: float = 0.01) -> Tensor:
@@ -134,7 +134,7 @@ def classify_dimensions(usage: Tensor, *, tolerance: float = 0.05) -> list[str]:
         ['passive', 'mixed', 'active']
     """
     above = (usage >= tolerance).long() + (usage > 1.0 - tolerance).long()
-    return [KINDS[i] for i in above.tolist()]
+    return [_KINDS[i] for i in above.tolist()]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class CollapseReport:
     num_data: int
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{self.kinds.count(kind)} {kind}" for kind in reversed(KINDS))
+        counts = ", ".join(f"{self.kinds.count(kind)} {kind}" for kind in reversed(_KINDS))
         most = math.log(self.num_data)
         lines = [
             f"{len(self.kinds)} dimensions: {counts}",
@@ -193,7 +193,7 @@ class CollapseReport:
         positions = range(len(order))
         figure = Figure(figsize=(8.0, 5.0), layout="constrained")
         divergences, variances = figure.subplots(2, sharex=True)
-        for kind, colour in zip(KINDS, ("0.7", "tab:orange", "tab:blue"), strict=True):
+        for kind, colour in zip(_KINDS, ("0.7", "tab:orange", "tab:blue"), strict=True):
             chosen = [i for i in positions if self.kinds[order[i]] == kind]
             divergences.bar(chosen, [self.kl[order[i]].item() for i in chosen], color=colour, label=kind)
         divergences.set(ylabel="KL [nats]", title=f"I(x; z) = {self.mutual_information:.2f} nats")
@@ -201,7 +201,8 @@ class CollapseReport:
         variances.plot(positions, self.sample_variance[order].tolist(), "o", label="of samples")
         variances.plot(positions, self.mean_variance[order].tolist(), "x", label="of means")
         variances.set(ylabel="variance", xlabel="dimension, by divergence", ylim=(0.0, None))
-        variances.set_xticks(positions, [str(d) for d in order])
+        labelled = positions[:: 1 + len(order) // 32]  # more would overlap
+        variances.set_xticks(labelled, [str(order[i]) for i in labelled])
         variances.legend()
         figure.savefig(path)
 
