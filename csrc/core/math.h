@@ -244,6 +244,11 @@ ISTHMUS_INLINE f32v sigmoid(f32v x) {
   return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
+ISTHMUS_INLINE f32v tanh(f32v x) {
+  const f32v e = expm1(2.0f * negative_magnitude(x));  // in [-1, 0]
+  return flip_sign(e / (e + 2.0f), ~(u32v)x);
+}
+
 ISTHMUS_INLINE f32v erf(f32v x) {
   // (erf(x) - x) / x in x^2 on |x| <= 0.85, relative to erf: error 2^-27.1.
   constexpr float p[] = {0x1.06eba8p-3f,  -0x1.812726p-2f, 0x1.ce256ap-4f,
@@ -264,6 +269,7 @@ ISTHMUS_INLINE f64v exp(f64v x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+ISTHMUS_INLINE f64v exp_of_negative(f64v x) { return exp(x); }
 ISTHMUS_INLINE f64v expm1(f64v x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_expm1(x[i]);
   return x;
@@ -300,6 +306,10 @@ ISTHMUS_INLINE void exp_and_expm1mx(f64v x, f64v& exp_x, f64v& expm1mx_x) {
 }
 
 ISTHMUS_INLINE f64v softplus(f64v x) { return log1p(exp(x < 0.0 ? x : -x)) + (x < 0.0 ? f64v{} : x); }
+ISTHMUS_INLINE f64v tanh(f64v x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
 ISTHMUS_INLINE f64v sigmoid(f64v x) {
   const f64v e = exp(x < 0.0 ? x : -x);
   return (x < 0.0 ? e : splat(1.0)) / (1.0 + e);

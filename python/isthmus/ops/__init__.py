@@ -3,23 +3,29 @@
 from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
-from isthmus.ops.divergence import gaussian_kl
-from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.ops.divergence import gaussian_kl, log_mean_exp
+from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl, gaussian_sample_log_prob
 from isthmus.ops.likelihood import gaussian_nll
+from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob
 from isthmus.ops.sparse import sparse_decode, topk_encode
 
 __all__ = [
+    "aggregate_log_prob",
     "bayes_linear",
     "categorical_kl",
     "code_statistics",
+    "component_log_prob",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",
+    "gaussian_sample_log_prob",
     "gumbel_noise",
     "gumbel_softmax",
     "gumbel_softmax_kl",
+    "log_mean_exp",
+    "mixture_log_prob",
     "sparse_decode",
     "topk_encode",
     "vq_assign",

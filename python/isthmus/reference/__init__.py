@@ -8,23 +8,34 @@ searches also accepts the ``indices`` of an earlier search, to hold a selection 
 from isthmus.reference.bayes import bayes_linear
 from isthmus.reference.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.reference.codebook import code_statistics, vq_assign, vq_quantize
-from isthmus.reference.divergence import gaussian_kl
-from isthmus.reference.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl
+from isthmus.reference.divergence import gaussian_kl, log_mean_exp
+from isthmus.reference.gaussian import (
+    gaussian_noise,
+    gaussian_sample,
+    gaussian_sample_kl,
+    gaussian_sample_log_prob,
+)
 from isthmus.reference.likelihood import gaussian_nll
+from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
 __all__ = [
+    "aggregate_log_prob",
     "bayes_linear",
     "categorical_kl",
     "code_statistics",
+    "component_log_prob",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_noise",
     "gaussian_sample",
     "gaussian_sample_kl",
+    "gaussian_sample_log_prob",
     "gumbel_noise",
     "gumbel_softmax",
     "gumbel_softmax_kl",
+    "log_mean_exp",
+    "mixture_log_prob",
     "sparse_decode",
     "topk_encode",
     "vq_assign",
