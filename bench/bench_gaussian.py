@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from harness import DTYPES, MODES, assert_standard_normal, shapes
@@ -75,6 +77,41 @@ def bench_gaussian_sample(contest, shape, mode):
         isthmus=ops.gaussian_sample,
         compare=compare,
     )
+
+
+def log_weights(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """log p(z) - log q(z) of each sample; the constants cancel."""
+    return 0.5 * ((z - mean).square() * torch.exp(-logvar) + logvar - z.square()).sum(-1)
+
+
+@MODES
+@shapes({"K": 64, "N": 256, "D": 64})
+def bench_importance_bound(contest, shape, mode):
+    samples = shape["K"]
+    mean, logvar = posterior({"N": shape["N"], "D": shape["D"]}, "float32")
+
+    def plain(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        z = mean + torch.exp(0.5 * logvar) * torch.randn(samples, *mean.shape)
+        return z, torch.logsumexp(log_weights(z, mean, logvar), 0) - math.log(samples)
+
+    def distributions(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        q = Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
+        p = Normal(torch.zeros_like(mean), torch.ones_like(mean), validate_args=False)
+        z = q.rsample((samples,))
+        return z, torch.logsumexp((p.log_prob(z) - q.log_prob(z)).sum(-1), 0) - math.log(samples)
+
+    def fused(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        z, _, log_q, log_p = ops.gaussian_sample_log_prob(mean, logvar, num_samples=samples)
+        return z, ops.log_mean_exp(log_p - log_q)[0]
+
+    def compare(z: Tensor, bound: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Each draws its own samples; the bound must be that of its samples."""
+        assert_standard_normal(((z - mean) / torch.exp(0.5 * logvar)).detach())
+        expected = torch.logsumexp(log_weights(z, mean, logvar), 0) - math.log(samples)
+        torch.testing.assert_close(bound, expected, rtol=1e-4, atol=1e-4)
+        return ()
+
+    contest(mean, logvar, plain=plain, peer=("torch.distributions", distributions), isthmus=fused, compare=compare)
 
 
 @shapes({"N": 2**14}, large=({"N": 2**22},))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Generator, Tensor, nn
 
@@ -45,15 +45,15 @@ class GaussianBottleneck(nn.Module):
         latent_features: size D of the latent.
         scale_type: how the projected scale means a standard deviation s: ``"logvar"``
             s = exp(scale/2), ``"softplus"`` s = softplus(scale), ``"square"`` s = scale².
-        reduction: of the KL: ``"row"`` (sum over the last dimension), ``"none"``, ``"sum"`` or
-            ``"mean"`` (mean over rows of the row sums).
+        options: how posterior and divergence are shaped, as :func:`isthmus.ops.gaussian_sample_kl` takes
+            it: ``reduction``, ``residual``, ``clamp``, ``free_bits``, ``balance``, ….
 
     Raises:
         ValueError: ``scale_type`` admits values that are no standard deviation (``"std"``).
 
     Shapes:
         x ``[..., D_in]``; mean, scale ``[..., D]``; z ``[..., D]`` or ``[num_samples, ..., D]``;
-        kl ``[...]`` for ``reduction="row"``.
+        kl ``[...]``, or what ``reduction`` makes of it.
 
     Source: Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014.
 
@@ -71,14 +71,14 @@ class GaussianBottleneck(nn.Module):
         latent_features: int,
         *,
         scale_type: str = "logvar",
-        reduction: str = "row",
+        **options: Any,
     ) -> None:
         require_unconstrained(scale_type)
         super().__init__()
         self.in_features = in_features
         self.latent_features = latent_features
         self.scale_type = scale_type
-        self.reduction = reduction
+        self.options = options
         self.projection = nn.Linear(in_features, 2 * latent_features)
 
     def forward(
@@ -97,22 +97,21 @@ class GaussianBottleneck(nn.Module):
         The prior is N(0, 1), or, where the two tensors are given, N(prior_mean, s_prior²) with
         ``prior_scale`` read by the same ``scale_type``; gradients reach both.
         """
-        mean, scale = self.projection(x).chunk(2, dim=-1)
+        packed = self.projection(x)  # read and differentiated as one tensor: nothing is split or joined
         z, kl = ops.gaussian_sample_kl(
-            mean,
-            scale,
+            packed,
+            None,
             prior_mean,
             prior_scale,
             scale_type=self.scale_type,
             num_samples=num_samples,
             temperature=temperature,
-            reduction=self.reduction,
             key=key,
             generator=generator,
+            **self.options,
         )
-        return GaussianBottleneckOutput(z, kl, mean, scale)
+        return GaussianBottleneckOutput(z, kl, *packed.chunk(2, dim=-1))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.latent_features}, scale_type={self.scale_type!r}, reduction={self.reduction!r}"
-        )
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{self.in_features}, {self.latent_features}, scale_type={self.scale_type!r}{options}"
