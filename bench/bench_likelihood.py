@@ -7,7 +7,7 @@ import math
 import torch
 from harness import DTYPES, MODES, shapes
 from torch import Tensor
-from torch.nn.functional import gaussian_nll_loss
+from torch.nn.functional import gaussian_nll_loss, softplus
 
 from isthmus import ops
 
@@ -30,4 +30,36 @@ def bench_gaussian_nll(contest, shape, dtype, mode):
         peer=("F.gaussian_nll_loss", torch_gaussian),
         isthmus=ops.gaussian_nll,
         compare=lambda *results: results,
+    )
+
+
+def logistic_mixture(x: Tensor, parameters: Tensor) -> Tensor:
+    """As the public implementations do it: a difference of sigmoids, a density where that vanishes."""
+    logits, rest = parameters.split([10, 90], dim=1)
+    mean, log_scale, coefficient = rest.unflatten(1, (3, 3, 10)).unbind(2)
+    log_scale, coefficient, x = log_scale.clamp(min=-7), coefficient.tanh(), x.unsqueeze(2)
+    green = mean[:, 1] + coefficient[:, 0] * x[:, 0]
+    blue = mean[:, 2] + coefficient[:, 1] * x[:, 0] + coefficient[:, 2] * x[:, 1]
+    centered = x - torch.stack((mean[:, 0], green, blue), dim=1)
+    inverse = torch.exp(-log_scale)
+    upper, middle, lower = inverse * (centered + 1 / 255), inverse * centered, inverse * (centered - 1 / 255)
+    difference = upper.sigmoid() - lower.sigmoid()
+    density = middle - log_scale - 2 * softplus(middle) - math.log(127.5)
+    inside = torch.where(difference > 1e-5, difference.clamp(min=1e-12).log(), density)
+    ends = torch.where(x < -0.999, upper - softplus(upper), -softplus(lower))
+    log_probability = torch.where(x.abs() > 0.999, ends, inside).sum(1)
+    return -(logits.log_softmax(1) + log_probability).logsumexp(1).sum((1, 2))
+
+
+@MODES
+@shapes({"B": 4, "C": 3, "H": 8, "W": 8}, large=({"B": 32, "C": 3, "H": 32, "W": 32},))
+def bench_discretized_logistic_mixture_nll(contest, shape, mode):
+    batch, channels, height, width = shape.values()
+    x = torch.randint(0, 256, (batch, channels, height, width)) / 127.5 - 1
+    contest(
+        x,
+        torch.randn(batch, 100, height, width),
+        plain=logistic_mixture,
+        isthmus=ops.discretized_logistic_mixture_nll,
+        compare=lambda *results: results[:1],
     )

@@ -41,6 +41,8 @@ void define_schemas(StableLibrary& m) {
   // likelihood
   m.def("gaussian_nll(Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction) -> Tensor");
   m.def("gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction, bool need_x, bool need_mean, bool need_scale) -> (Tensor, Tensor, Tensor)");
+  m.def("discretized_logistic_mixture_nll(Tensor x, Tensor parameters, int num_mixtures, int bins, float min_log_scale, str reduction) -> Tensor");
+  m.def("discretized_logistic_mixture_nll_backward(Tensor grad, Tensor x, Tensor parameters, int num_mixtures, int bins, float min_log_scale, str reduction, bool need_x, bool need_parameters) -> (Tensor, Tensor)");
 
   // pairwise
   m.def("mixture_log_prob(Tensor z, Tensor mean, Tensor scale, Tensor? log_weight, str scale_type, str over) -> (Tensor, Tensor)");

@@ -1,4 +1,5 @@
-// Negative log-likelihoods on the CPU: densities evaluated element by element (elementwise.inl, densities.h).
+// Negative log-likelihoods on the CPU: densities evaluated element by element (elementwise.inl, densities.h) and the
+// mixture of logistics (mixture.inl, logistic.h).
 //
 // Bound by arithmetic in cache and by memory beyond it: nothing is stored between the passes.
 
@@ -6,6 +7,7 @@
 #include "core/normal.h"
 #include "likelihood/densities.h"
 #include "likelihood/elementwise.inl"
+#include "likelihood/mixture.inl"
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
@@ -37,6 +39,11 @@ void gaussian_nll_backward(const GaussianNll<NllBackward>& args) {
 }  // namespace
 
 extern const LikelihoodKernels likelihood_table;
-const LikelihoodKernels likelihood_table = {gaussian_nll, gaussian_nll_backward};
+const LikelihoodKernels likelihood_table = {
+    gaussian_nll,
+    gaussian_nll_backward,
+    discretized_logistic_mixture_nll,
+    discretized_logistic_mixture_nll_backward,
+};
 
 }  // namespace isthmus::ISTHMUS_LEVEL

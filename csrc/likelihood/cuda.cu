@@ -1,9 +1,12 @@
-// Negative log-likelihoods on CUDA devices: densities evaluated element by element (elementwise.cuh, densities.h).
+// Negative log-likelihoods on CUDA devices: densities evaluated element by element (elementwise.cuh, densities.h) and
+// the mixture of logistics (mixture.cuh, logistic.h).
 
+// First the functions that the formulas use.
 #include "core/normal.cuh"
-#include "likelihood/elementwise.cuh"
-// After the functions that its formulas use.
+
 #include "likelihood/densities.h"
+#include "likelihood/elementwise.cuh"
+#include "likelihood/mixture.cuh"
 
 namespace isthmus::cuda {
 namespace {

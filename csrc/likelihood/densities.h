@@ -1,19 +1,11 @@
-// Negative log-densities and their derivatives, for one element: V is a vector in a kernel of the CPU, a number in one
-// of a GPU. Included after core/normal.h or core/normal.cuh, whose functions the formulas are written in.
-//
-// nll(in) takes the arguments in the order of the op; gradient(in, out) writes the derivatives by the first of them.
+// Negative log-densities and their derivatives, for one element. nll(in) takes the arguments in the order of the op;
+// gradient(in, out) writes the derivatives by the first of them.
 #pragma once
 
 #include "core/scale_type.h"
+#include "likelihood/formula.h"
 
-#if defined(__CUDACC__)
-#define ISTHMUS_FORMULA __device__ __forceinline__
-namespace isthmus::cuda {
-#else
-#define ISTHMUS_FORMULA ISTHMUS_INLINE
-namespace isthmus {
-#endif
-namespace {
+ISTHMUS_FORMULAS_BEGIN
 
 constexpr int scale_argument = 2;
 constexpr double half_log_two_pi = 0.918938533204672741780329736406;
@@ -47,5 +39,4 @@ struct Gaussian {
   }
 };
 
-}  // namespace
-}
+ISTHMUS_FORMULAS_END

@@ -47,9 +47,37 @@ struct GaussianNll : Direction {
   double beta;
 };
 
+// The mixture of discretized logistics of PixelCNN++: values are bins of [-1, 1], the first and the last one open.
+//
+// Planes of the parameters: `mixtures` logits; then for each channel as many means and log-scales and, of three
+// channels, raw coefficients. The mean of channel 1 moves by tanh(coefficient 0) x_0, that of channel 2 by
+// tanh(coefficient 1) x_0 + tanh(coefficient 2) x_1.
+struct LogisticMixture {
+  DType dtype;
+  int64_t images, channels, pixels, mixtures, bins;  // 1 or 3 channels
+  double min_log_scale;                              // floor of the log-scales; below it their gradient is zero
+  double weight;
+  bool sum_pixels;         // one result for an image or for all of them, else for each pixel
+  int64_t results;         // how many there are
+  const void* x;           // [images, channels, pixels]
+  const void* parameters;  // [images, mixture_planes(channels) · mixtures, pixels]
+  void* nll;               // [results] in the accumulate type
+  void* workspace;         // CUDA: logistic_mixture_workspace() elements of the accumulate type; else null
+};
+
+struct LogisticMixtureBackward : LogisticMixture {
+  const void* grad;       // [results] in the accumulate type
+  void* grad_x;           // null where nobody asks
+  void* grad_parameters;  // null where nobody asks
+};
+
+constexpr int64_t mixture_planes(int64_t channels) { return 1 + 2 * channels + channels * (channels - 1) / 2; }
+
 struct LikelihoodKernels {
   void (*gaussian_nll)(const GaussianNll<Nll>&);
   void (*gaussian_nll_backward)(const GaussianNll<NllBackward>&);
+  void (*discretized_logistic_mixture_nll)(const LogisticMixture&);
+  void (*discretized_logistic_mixture_nll_backward)(const LogisticMixtureBackward&);
 };
 
 ISTHMUS_DECLARE_KERNELS(LikelihoodKernels, likelihood)
@@ -59,8 +87,11 @@ ISTHMUS_DECLARE_KERNELS(LikelihoodKernels, likelihood)
 namespace cuda {
 int64_t nll_workspace(int64_t rows, int64_t cols);
 int64_t nll_backward_workspace(int64_t rows, int64_t cols);
+int64_t logistic_mixture_workspace(int64_t images, int64_t pixels);
 void likelihood_gaussian_nll(const GaussianNll<Nll>&, void* stream);
 void likelihood_gaussian_nll_backward(const GaussianNll<NllBackward>&, void* stream);
+void likelihood_discretized_logistic_mixture_nll(const LogisticMixture&, void* stream);
+void likelihood_discretized_logistic_mixture_nll_backward(const LogisticMixtureBackward&, void* stream);
 }  // namespace cuda
 
 }  // namespace isthmus

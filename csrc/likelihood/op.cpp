@@ -6,6 +6,10 @@
 namespace isthmus {
 namespace {
 
+// Room for the gradient of `t`, if somebody asks for it.
+Tensor gradient_like(const Tensor& t, bool need) { return need ? empty(sizes_of(t), t.scalar_type(), t) : absent(t); }
+void* wanted(bool need, const Tensor& gradient) { return need ? mutable_data(gradient) : nullptr; }
+
 // An argument beside x: of its shape and dtype; or one element, in the type of sums, that serves every element.
 struct DensityArgument {
   Tensor tensor;
@@ -23,9 +27,6 @@ struct DensityArgument {
   }
 
   Argument argument() const { return {data(tensor), shared}; }
-  Tensor gradient(bool wanted) const {
-    return wanted ? empty(sizes_of(tensor), tensor.scalar_type(), tensor) : absent(tensor);
-  }
 };
 
 // A reduction as the kernels see it: sums over the columns of a [rows, cols] view, and the shape of the result.
@@ -111,10 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_nll_backward(const Tensor& grad_, co
   const NllShape shape(reduction, x);
   check_grad(grad_, shape.sizes, x);
   const Tensor grad = as_contiguous(grad_);
-  const Tensor grad_x = need_x ? empty(sizes_of(x), x.scalar_type(), x) : absent(x);
-  const Tensor grad_mean = in.mean.gradient(need_mean), grad_scale = in.scale.gradient(need_scale);
+  const Tensor grad_x = gradient_like(in.x, need_x), grad_mean = gradient_like(in.mean.tensor, need_mean),
+               grad_scale = gradient_like(in.scale.tensor, need_scale);
   const Tensor workspace = ISTHMUS_WORKSPACE(x, nll_backward_workspace, shape.rows, shape.cols);
-  const auto wanted = [](bool need, const Tensor& t) { return need ? mutable_data(t) : nullptr; };
   const GaussianNll<NllBackward> args{
       {dtype_of(x, "x"),
        shape.rows,
@@ -130,11 +130,84 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_nll_backward(const Tensor& grad_, co
   return {grad_x, grad_mean, grad_scale};
 }
 
+// ---- discretized_logistic_mixture_nll ------------------------------------------------------------------------------
+
+// Checks the arguments and describes the problem, but for its outputs.
+LogisticMixture logistic_mixture(const Tensor& x, const Tensor& parameters, int64_t num_mixtures, int64_t bins,
+                                 double min_log_scale, const std::string& reduction) {
+  if (x.dim() != 4 || (x.size(1) != 1 && x.size(1) != 3)) {
+    fail("x has shape ", shape_of(x), "; expected [B, C, H, W] with C = 1 or 3");
+  }
+  if (num_mixtures < 1) fail("num_mixtures is ", num_mixtures, "; expected at least 1");
+  if (bins < 2) fail("bins is ", bins, "; expected at least 2");
+  check_device(parameters, "parameters", x, "x");
+  check_dtype(parameters, "parameters", x, "x");
+  const int64_t planes = num_mixtures * mixture_planes(x.size(1));
+  const std::vector<int64_t> expected{x.size(0), planes, x.size(2), x.size(3)};
+  if (sizes_of(parameters) != expected) {
+    fail("parameters has shape ", shape_of(parameters), "; expected [", x.size(0), ", ", planes, ", ", x.size(2), ", ",
+         x.size(3), "]: ", num_mixtures, " mixtures of ", x.size(1), " channels");
+  }
+  LogisticMixture args{};
+  args.dtype = dtype_of(x, "x");
+  args.images = x.size(0);
+  args.channels = x.size(1);
+  args.pixels = x.size(2) * x.size(3);
+  args.mixtures = num_mixtures;
+  args.bins = bins;
+  args.min_log_scale = min_log_scale;
+  args.weight = reduction == "mean" ? 1 / static_cast<double>(args.images) : 1;
+  args.sum_pixels = reduction != "none";
+  args.results = reduction == "none" ? args.images * args.pixels : reduction == "image" ? args.images : 1;
+  return args;
+}
+
+std::vector<int64_t> mixture_sizes(const Tensor& x, const std::string& reduction) {
+  if (reduction == "none") return {x.size(0), x.size(2), x.size(3)};
+  if (reduction == "image") return {x.size(0)};
+  if (reduction == "sum" || reduction == "mean") return {};
+  fail("reduction is '", reduction, "'; expected 'none', 'image', 'sum' or 'mean'");
+}
+
+Tensor discretized_logistic_mixture_nll(const Tensor& x_, const Tensor& parameters_, int64_t num_mixtures, int64_t bins,
+                                        double min_log_scale, const std::string& reduction) {
+  LogisticMixture args = logistic_mixture(x_, parameters_, num_mixtures, bins, min_log_scale, reduction);
+  const Tensor x = as_contiguous(x_), parameters = as_contiguous(parameters_);
+  const Tensor nll = empty(mixture_sizes(x, reduction), accumulate_type(x), x);
+  const Tensor workspace = ISTHMUS_WORKSPACE(x, logistic_mixture_workspace, args.images, args.pixels);
+  args.x = data(x);
+  args.parameters = data(parameters);
+  args.nll = mutable_data(nll);
+  args.workspace = mutable_data(workspace);
+  ISTHMUS_LAUNCH(x, likelihood, discretized_logistic_mixture_nll, args);
+  return nll;
+}
+
+std::tuple<Tensor, Tensor> discretized_logistic_mixture_nll_backward(const Tensor& grad_, const Tensor& x_,
+                                                                     const Tensor& parameters_, int64_t num_mixtures,
+                                                                     int64_t bins, double min_log_scale,
+                                                                     const std::string& reduction, bool need_x,
+                                                                     bool need_parameters) {
+  LogisticMixtureBackward args{logistic_mixture(x_, parameters_, num_mixtures, bins, min_log_scale, reduction)};
+  check_grad(grad_, mixture_sizes(x_, reduction), x_);
+  const Tensor x = as_contiguous(x_), parameters = as_contiguous(parameters_), grad = as_contiguous(grad_);
+  const Tensor grad_x = gradient_like(x, need_x), grad_parameters = gradient_like(parameters, need_parameters);
+  args.x = data(x);
+  args.parameters = data(parameters);
+  args.grad = data(grad);
+  args.grad_x = wanted(need_x, grad_x);
+  args.grad_parameters = wanted(need_parameters, grad_parameters);
+  ISTHMUS_LAUNCH(x, likelihood, discretized_logistic_mixture_nll_backward, args);
+  return {grad_x, grad_parameters};
+}
+
 }  // namespace
 
 void register_likelihood(StableLibrary& m) {
   m.impl("gaussian_nll", TORCH_BOX(&gaussian_nll));
   m.impl("gaussian_nll_backward", TORCH_BOX(&gaussian_nll_backward));
+  m.impl("discretized_logistic_mixture_nll", TORCH_BOX(&discretized_logistic_mixture_nll));
+  m.impl("discretized_logistic_mixture_nll_backward", TORCH_BOX(&discretized_logistic_mixture_nll_backward));
 }
 
 }  // namespace isthmus

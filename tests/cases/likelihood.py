@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from cases.case import Case, Tensors, plain, positive, randn
 from isthmus import ops, reference
 
@@ -37,5 +39,28 @@ def gaussian_nll_cases() -> list[Case]:
     return cases
 
 
+def image(channels: int, mixtures: int, height: int = 3, width: int = 7) -> Callable[[], Tensors]:
+    """Pixels on the grid of 256 values, both ends among them, and the mixtures' parameters."""
+
+    def make() -> Tensors:
+        levels = torch.randint(0, 256, (2, channels, height, width))
+        levels[0, :, 0, :2] = torch.tensor([0, 255])
+        planes = mixtures * (3 if channels == 1 else 10)
+        return {"x": levels.double() / 127.5 - 1, "parameters": 0.7 * randn(2, planes, height, width)}
+
+    return make
+
+
+def logistic_mixture_cases() -> list[Case]:
+    op, expect = ops.discretized_logistic_mixture_nll, plain(reference.discretized_logistic_mixture_nll)
+    wanted = ("x", "parameters")
+    cases = [
+        Case(f"logistic-{r}", op, image(3, 4), expect, wanted, options={"num_mixtures": 4, "reduction": r})
+        for r in ("none", "image", "sum", "mean")
+    ]
+    grey = {"num_mixtures": 3, "min_log_scale": -0.5}
+    return [*cases, Case("logistic-grey-floor", op, image(1, 3, 5, 14), expect, wanted, options=grey)]
+
+
 def likelihood_cases() -> list[Case]:
-    return gaussian_nll_cases()
+    return gaussian_nll_cases() + logistic_mixture_cases()

@@ -153,6 +153,116 @@ def test_gaussian_empty(device):
     assert scale.grad == 0
 
 
+# ---- discretized_logistic_mixture_nll --------------------------------------------------------------------------------
+
+mixture_nll = ops.discretized_logistic_mixture_nll
+
+
+def every_pixel(channels, bins):
+    """One image whose pixels are all the values a pixel can take."""
+    levels = torch.linspace(-1, 1, bins, dtype=torch.float64)
+    return torch.cartesian_prod(*[levels] * channels).reshape(-1, channels).T.reshape(1, channels, 1, -1)
+
+
+@pytest.mark.parametrize(("channels", "bins"), [(1, 256), (1, 2), (3, 5)])
+@pytest.mark.parametrize("log_scale", (-4.0, -1.0, 3.0))
+def test_mixture_probabilities_sum_to_one(channels, bins, log_scale, isa):
+    x = every_pixel(channels, bins)
+    parameters = torch.randn(1, 2 * (3 if channels == 1 else 10), 1, 1, dtype=torch.float64)
+    for c in range(channels):
+        kinds = 2 if channels == 1 else 3
+        parameters[:, 2 + 2 * kinds * c + 2 : 2 + 2 * kinds * c + 4] += log_scale
+    parameters = parameters.expand(-1, -1, *x.shape[2:])
+    for function in (mixture_nll, reference.discretized_logistic_mixture_nll):
+        nll = function(x, parameters, num_mixtures=2, bins=bins, reduction="none")
+        torch.testing.assert_close(torch.exp(-nll).sum(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def one_logistic(x, mean, log_scale, dtype=torch.float32):
+    """nll of a grey pixel under one component, and its gradients by mean and log-scale."""
+    x = torch.tensor(x, dtype=dtype).reshape(1, 1, 1, 1)
+    parameters = torch.tensor([0.0, mean, log_scale], dtype=dtype).reshape(1, 3, 1, 1).requires_grad_()
+    nll = mixture_nll(x, parameters, num_mixtures=1, min_log_scale=-50.0)
+    (grad,) = torch.autograd.grad(nll.sum(), parameters)
+    return nll.item(), grad[0, 1].item(), grad[0, 2].item()
+
+
+@pytest.mark.parametrize("log_scale", (3.0, 8.0, 20.0))
+def test_mixture_bins_much_narrower_than_the_scale(log_scale, isa):
+    """Density times width, to all digits of float32."""
+    t = (0.25 - 0.75) * math.exp(-log_scale)
+    expected = -math.log(2 / 255) + log_scale + t + 2 * math.log1p(math.exp(-t))
+    assert one_logistic(0.25, 0.75, log_scale)[0] == pytest.approx(expected, rel=3e-7)
+
+
+@pytest.mark.parametrize("log_scale", (-7.0, -10.0, -20.0))
+def test_mixture_thousands_of_scales_away(log_scale, isa):
+    """The probability is e^-near (1 - e^-width): its log and its slopes are finite."""
+    inverse, half_bin = math.exp(-log_scale), 1 / 255
+    near, width = (1.25 - half_bin) * inverse, 2 * half_bin * inverse
+    nll, by_mean, by_log_scale = one_logistic(0.75, -0.5, log_scale)
+    assert nll == pytest.approx(near - math.log(-math.expm1(-width)), rel=1e-6)
+    assert by_mean == pytest.approx(-inverse, rel=1e-6)
+    assert by_log_scale == pytest.approx(-near + width / math.expm1(min(width, 700)), rel=1e-6)
+
+
+def test_mixture_floor_of_the_log_scale(isa):
+    x = torch.full((1, 1, 1, 1), 0.25)
+    parameters = torch.tensor([0.0, 0.3, -9.0]).reshape(1, 3, 1, 1).requires_grad_()
+    at_floor = torch.tensor([0.0, 0.3, -7.0]).reshape(1, 3, 1, 1).requires_grad_()
+    below, at = mixture_nll(x, parameters, num_mixtures=1), mixture_nll(x, at_floor, num_mixtures=1)
+    assert torch.equal(below, at)
+    (grad_below,), (grad_at,) = torch.autograd.grad(below, parameters), torch.autograd.grad(at, at_floor)
+    assert grad_below[0, 2] == 0 and grad_at[0, 2] != 0
+    assert torch.equal(grad_below[0, :2], grad_at[0, :2])
+
+
+# Fewer pixels than a vector, ragged tiles, more than an item.
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 15), (33, 40)], ids=str)
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("reduction", ("none", "image", "sum", "mean"))
+def test_mixture_every_shape(size, channels, reduction, isa, device):
+    x = torch.randint(0, 256, (3, channels, *size), device=device) / 127.5 - 1
+    parameters = torch.randn(3, 3 * (3 if channels == 1 else 10), *size, device=device)
+    leaves = [x.requires_grad_(), parameters.requires_grad_()]
+    doubles = wide(*leaves)
+    found = mixture_nll(*leaves, num_mixtures=3, reduction=reduction)
+    expected = reference.discretized_logistic_mixture_nll(*doubles, num_mixtures=3, reduction=reduction)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=3e-6)
+    grad = torch.randn_like(found)
+    for a, e in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, doubles, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=3e-6 * e.abs().max().item())
+
+
+def test_mixture_nan_stays_in_its_pixel(isa, device):
+    x, parameters = torch.zeros(2, 3, 4, 5, device=device), torch.randn(2, 20, 4, 5, device=device)
+    expected = mixture_nll(x, parameters, num_mixtures=2, reduction="none")
+    parameters[1, 7, 2, 3] = torch.nan
+    found = mixture_nll(x, parameters, num_mixtures=2, reduction="none")
+    assert found[1, 2, 3].isnan()
+    found[1, 2, 3] = expected[1, 2, 3]
+    assert torch.equal(found, expected)
+
+
+def test_mixture_empty(device):
+    for images, height in ((0, 4), (2, 0)):
+        x, parameters = (
+            torch.zeros(images, 3, height, 4, device=device),
+            torch.zeros(images, 20, height, 4, device=device),
+        )
+        assert torch.equal(mixture_nll(x, parameters, num_mixtures=2), torch.zeros(images, device=device))
+        assert mixture_nll(x, parameters, num_mixtures=2, reduction="sum") == 0
+
+
+def test_mixture_keeps_nothing_of_the_size_of_its_parameters():
+    x, parameters = torch.zeros(4, 3, 32, 32), torch.zeros(4, 100, 32, 32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mixture_nll(x, parameters)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 1000
+
+
 # ---- refused arguments -----------------------------------------------------------------------------------------------
 
 X = torch.zeros(3, 4)

@@ -15,7 +15,7 @@ from isthmus.reference.gaussian import (
     gaussian_sample_kl,
     gaussian_sample_log_prob,
 )
-from isthmus.reference.likelihood import gaussian_nll
+from isthmus.reference.likelihood import discretized_logistic_mixture_nll, gaussian_nll
 from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
@@ -25,6 +25,7 @@ __all__ = [
     "categorical_kl",
     "code_statistics",
     "component_log_prob",
+    "discretized_logistic_mixture_nll",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_noise",
