@@ -145,8 +145,18 @@ struct Forward {
   }
 };
 
+// Rows without elements are in no piece; the log of their density is 0.
+template <class C>
+void clear_empty_densities(const GaussianSample& args) {
+  if (args.log_q == nullptr || args.reduction.cols > 0) return;
+  const size_t bytes = static_cast<size_t>(args.num_samples * args.reduction.rows) * sizeof(C);
+  std::memset(args.log_q, 0, bytes);
+  std::memset(args.log_p, 0, bytes);
+}
+
 void sample(const GaussianSample& args) {
   dispatch_dtype(args.posterior.dtype, [&]<class T>() {
+    clear_empty_densities<Compute<T>>(args);
     const RowTiles tiles = args.log_q == nullptr ? tiles_for(args.reduction) : whole_rows(args.reduction);
     const Sums<Compute<T>> sums(tiles, args.reduction, args.kl);
     parallel_for(tiles.items, tiles.grain(), [&](int64_t begin, int64_t end) {
