@@ -43,23 +43,49 @@ inline long double std_slope(ScaleType type, long double scale) {
   }
 }
 
-struct KlReference {
-  double kl, mean, scale, prior_mean, prior_scale;  // the value and its four derivatives
+// A sum that knows the size of its terms, to which rounding errors are relative.
+struct Sum {
+  long double value = 0, size = 0;
+
+  void add(long double term, long double size_of_term) {
+    value += term;
+    size += size_of_term;
+  }
+  void add(long double term) { add(term, std::fabs(term)); }
+  Sum operator+(Sum other) const { return {value + other.value, size + other.size}; }
+  Sum operator*(long double factor) const { return {value * factor, size * std::fabs(factor)}; }
 };
 
-inline KlReference kl_reference(ScaleType type, double mean, double scale, double prior_mean, double prior_scale) {
-  const long double s = std_of(type, scale), p = std_of(type, prior_scale);
-  const long double q = (mean - prior_mean) / p, ratio = s / p, excess = ratio * ratio - 1;
-  const long double kl = 0.5 * (q * q + excess) - std::log(ratio);
-  const long double to_scale = excess / s * std_slope(type, scale);
-  const long double to_prior_scale = -(q * q + excess) / p * std_slope(type, prior_scale);
-  return {static_cast<double>(kl), static_cast<double>(q / p), static_cast<double>(to_scale),
-          static_cast<double>(-q / p), static_cast<double>(to_prior_scale)};
+inline bool check_close(const char* what, const Array& got, int64_t i, const Sum& want, double roundings) {
+  return check_close(what, got, i, static_cast<double>(want.value), roundings, static_cast<double>(want.size));
 }
 
-// The `scale` of s = 1, the standard prior.
-inline double unit_scale(ScaleType type) {
-  return type == ScaleType::logvar ? 0 : type == ScaleType::softplus ? std::log(std::expm1(1.0)) : 1;
-}
+// Gradients to mean and scale of posterior and prior; a scale is the standard deviation, or what the tensor holds.
+struct Slopes {
+  Sum mean, scale, prior_mean, prior_scale;
+};
+
+// A posterior and its prior, by means and standard deviations.
+struct GaussianPair {
+  long double mean, std, prior_mean, prior_std;
+
+  long double kl() const {
+    const long double q = (mean - prior_mean) / prior_std, ratio = std / prior_std;
+    return 0.5 * (q * q + ratio * ratio - 1) - std::log(ratio);
+  }
+
+  void add_kl_slopes(long double grad, long double posterior_weight, long double prior_weight, Slopes& slopes) const {
+    const long double q = (mean - prior_mean) / prior_std, ratio = std / prior_std;
+    const long double to_mean = grad * q / prior_std;
+    const long double size = std::fabs(grad) * (std::fabs(mean) + std::fabs(prior_mean)) / (prior_std * prior_std);
+    slopes.mean.add(posterior_weight * to_mean, posterior_weight * size);
+    slopes.prior_mean.add(-prior_weight * to_mean, prior_weight * size);
+    slopes.scale.add(posterior_weight * grad * ratio * ratio / std);
+    slopes.scale.add(-posterior_weight * grad / std);
+    slopes.prior_scale.add(-prior_weight * grad * q * q / prior_std, prior_weight * (1 + std::fabs(q)) * size);
+    slopes.prior_scale.add(-prior_weight * grad * ratio * ratio / prior_std);
+    slopes.prior_scale.add(prior_weight * grad / prior_std);
+  }
+};
 
 }  // namespace isthmus

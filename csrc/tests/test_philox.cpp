@@ -22,7 +22,7 @@ Key key_of(const Stream& stream) {
   return Key(words);
 }
 
-constexpr int64_t window = 3 * normals_per_step + 5;
+constexpr int64_t window = 6 * group_size + 5;  // more than two turns of the widest loop
 
 // ---- words ---------------------------------------------------------------------------------------------------------
 
@@ -37,15 +37,42 @@ void test_known_words() {
   check_words(0, 1, {{0xf8e4cca4u, 0x5cb200dbu, 0xb1a574ebu, 0x097eff67u}});
 }
 
+template <int N>
 void test_vector_words() {
   for (const Stream& stream : streams) {
     const Key key = key_of(stream);
-    u64v counters;
-    for (int i = 0; i < lanes<double>; ++i) counters[i] = key.offset + static_cast<uint64_t>(i * i);
-    const WideWords wide = philox(key.seed, counters);
-    for (int i = 0; i < lanes<double>; ++i) {
-      const Words words = philox(key.seed, counters[i]);
-      for (int j = 0; j < 4; ++j) CHECK(static_cast<uint32_t>(wide.w[j][i]) == words.w[j]);
+    u64v counters[N], wide[4][N];
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < lanes<double>; ++i) {
+        counters[n][i] = key.offset + static_cast<uint64_t>(i * i + 1000 * n) + (uint64_t(n) << 32);
+      }
+    }
+    philox(key, counters, wide);
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < lanes<double>; ++i) {
+        const Words words = philox(key.seed, counters[n][i]);
+        for (int j = 0; j < 4; ++j) CHECK(static_cast<uint32_t>(wide[j][n][i]) == words.w[j]);
+      }
+    }
+  }
+}
+
+// The numbers a map makes of four words stand side by side, each where its word has its place in the stream.
+void test_stream_is_in_order() {
+  const auto bits = [](const u32v(&word)[4], f32v(&n)[4]) __attribute__((always_inline)) {
+    for (int j = 0; j < 4; ++j) n[j] = __builtin_convertvector(word[j] >> 8, f32v);  // exact
+  };
+  for (const Stream& stream : streams) {
+    const Key key = key_of(stream);
+    for (int64_t first : {0, 1, 6, 8}) {
+      float got[window];
+      fill_stream(key, first, window, bits, got);
+      for (int64_t i = 0; i < window; ++i) {
+        const int64_t element = first + i;
+        const uint32_t word = philox(key.seed, key.offset + static_cast<uint64_t>(element / 4)).w[element % 4];
+        CHECK_THAT(got[i] == static_cast<float>(word >> 8), "element %ld from %ld on is not its word",
+                   static_cast<long>(element), static_cast<long>(first));
+      }
     }
   }
 }
@@ -137,7 +164,9 @@ void test_offset_moves_the_window() {
 
 void run() {
   test_known_words();
-  test_vector_words();
+  test_vector_words<1>();
+  test_vector_words<4>();
+  test_stream_is_in_order();
   test_uniforms_lie_in_half_open_interval();
   test_known_normals();
   test_normals_follow_the_definition();
