@@ -34,7 +34,7 @@ def product_of_experts(
     """The Gaussian proportional to a product of diagonal Gaussians, one of which may be the prior.
 
     Precisions add and means are weighted by them (Wu & Goodman, Multimodal Generative Models for Scalable
-    Weakly-Supervised Learning, 2018; Hinton, 2002). Done on log-precisions, as a log-sum-exp and a softmax, so that no
+    Weakly-Supervised Learning, 2018; Hinton, 2002). Done on log-precisions, relative to the largest, so that no
     variance however extreme overflows on the way.
 
     Args:
@@ -60,30 +60,37 @@ def product_of_experts(
     """
     check_choice("scale_type", scale_type, tuple(_LOG_PRECISION))
     means, scales = torch.broadcast_tensors(means, scales)
-    present = torch.ones((), dtype=torch.bool, device=means.device) if mask is None else mask.bool()
-    # A neutral value first: the logarithm of a missing expert's scale must not reach the gradient as NaN.
-    neutral = 0.0 if scale_type in ("logvar", "softplus") else 1.0
-    log_precisions = _LOG_PRECISION[scale_type](torch.where(present, scales, neutral))
-    log_precisions = torch.where(present, log_precisions, -torch.inf)
-    means = torch.where(present, means, 0.0)
+    if mask is None:
+        log_precisions = _LOG_PRECISION[scale_type](scales)
+    else:
+        present = mask.bool()
+        # A neutral value first: the logarithm of a missing expert's scale must not reach the gradient as NaN.
+        neutral = 0.0 if scale_type in ("logvar", "softplus") else 1.0
+        log_precisions = _LOG_PRECISION[scale_type](torch.where(present, scales, neutral))
+        log_precisions = torch.where(present, log_precisions, -torch.inf)
+        means = torch.where(present, means, 0.0)
+    top = log_precisions.amax(dim).detach()
     if prior is not False:
-        mean, log_precision = _prior_expert(prior, means.select(dim, 0), scale_type)
-        means = torch.cat((means, mean.unsqueeze(dim)), dim)
-        log_precisions = torch.cat((log_precisions, log_precision.unsqueeze(dim)), dim)
+        prior_mean, prior_log_precision = _prior_expert(prior, top, scale_type)
+        top = torch.maximum(top, prior_log_precision.detach())
+    top = torch.where(top == -torch.inf, 0.0, top)
 
-    # Not logsumexp and softmax of the whole: where every expert is missing their gradients would be NaN.
-    nothing = (log_precisions == -torch.inf).all(dim, keepdim=True)
-    log_precisions = torch.where(nothing, 0.0, log_precisions)
-    mean = (log_precisions.softmax(dim) * means).sum(dim)
-    total = torch.where(nothing.squeeze(dim), -torch.inf, log_precisions.logsumexp(dim))
-    return mean, _FROM_LOG_PRECISION[scale_type](total)
+    # Precisions relative to the largest: the result does not depend on it, so neither does the gradient.
+    weights = (log_precisions - top.unsqueeze(dim)).exp()
+    total, weighted = weights.sum(dim), (weights * means).sum(dim)
+    if prior is not False:
+        weight = (prior_log_precision - top).exp()
+        total, weighted = total + weight, weighted + weight * prior_mean
+    mean = weighted / torch.where(total == 0, 1.0, total)
+    return mean, _FROM_LOG_PRECISION[scale_type](top + total.log())
 
 
 def _prior_expert(prior: bool | tuple[Tensor, Tensor], like: Tensor, scale_type: str) -> tuple[Tensor, Tensor]:
-    if prior is True:
-        return torch.zeros_like(like), torch.zeros_like(like)
-    mean, scale = prior  # type: ignore[misc]
-    return mean.expand_as(like), _LOG_PRECISION[scale_type](scale).expand_as(like)
+    if isinstance(prior, bool):
+        zero = like.new_zeros(())
+        return zero, zero
+    mean, scale = prior
+    return mean, _LOG_PRECISION[scale_type](scale)
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:
