@@ -227,7 +227,7 @@ struct DivergenceReduction {
       sizes = {args.sizes[0]};
     } else if (name == "dim") {
       view = {rows, cols, true, weight / static_cast<double>(rows)};
-      sizes = {cols};
+      if (!args.sizes.empty()) sizes = {cols};
     } else if (name == "sum" || name == "mean") {
       view = {1, elements, false, name == "mean" ? weight / static_cast<double>(rows) : weight};
       sizes = {};
