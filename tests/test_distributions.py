@@ -93,6 +93,28 @@ def test_normal_kl_equals_torch(q_type, p_type):
     torch.testing.assert_close(kl_divergence(p, q), kl_divergence(torch_p, torch_q), **EXACT)
 
 
+@pytest.mark.parametrize("event_dims", (0, 1, 2))
+def test_independent_equals_torch(event_dims):
+    mean, std, value = torch.randn(4, 3, **DOUBLE), positive(4, 3, **DOUBLE), torch.randn(5, 4, 3, **DOUBLE)
+    q, p = (d.Independent(d.Normal(m, std), event_dims) for m in (mean, 0 * mean))
+    torch_q, torch_p = (td.Independent(td.Normal(m, std), event_dims) for m in (mean, 0 * mean))
+    torch.testing.assert_close(q.log_prob(value), torch_q.log_prob(value), **EXACT)
+    for left, right in ((q, p), (q, torch_p), (torch_q, p)):
+        torch.testing.assert_close(kl_divergence(left, right), kl_divergence(torch_q, torch_p), **EXACT)
+    key = isthmus.key(0)
+    assert torch.equal(q.rsample((2,), key=key), q.base_dist.rsample((2,), key=key))
+    assert torch.equal(q.sample((2,), key=key), q.base_dist.sample((2,), key=key))
+    assert type(q.expand((2, *q.batch_shape))) is d.Independent
+
+
+def test_independent_of_other_distributions():
+    logits = torch.randn(4, 3, 5)
+    q, p = d.Independent(d.Categorical(logits=logits), 1), d.Independent(d.Categorical(logits=0 * logits), 1)
+    expected = kl_divergence(td.Categorical(logits=logits), td.Categorical(logits=0 * logits)).sum(-1)
+    torch.testing.assert_close(kl_divergence(q, p), expected, rtol=1e-5, atol=1e-6)
+    assert q.sample(key=isthmus.key(0)).shape == (4, 3)
+
+
 def test_normal_of_numbers_and_other_divergences():
     standard = d.Normal(0.0, 1.0)
     assert standard.log_prob(torch.tensor(0.0)).item() == pytest.approx(-0.5 * math.log(2 * math.pi), rel=1e-6)
@@ -383,6 +405,19 @@ def test_low_rank_samples():
     assert d.low_rank_sample(torch.zeros(4, 3), torch.zeros(4, 3), factor).shape == (4, 3)
     with pytest.raises(ValueError, match=r"factor has shape \[3\]; expected \[..., 3, R\]"):
         d.low_rank_sample(mean, logvar, mean)
+
+
+def test_low_rank_normal_equals_torch():
+    loc, factor, diagonal = torch.randn(4, 3, **DOUBLE), torch.randn(4, 3, 2, **DOUBLE), positive(4, 3, **DOUBLE)
+    q, same = (kind(loc, factor, diagonal) for kind in (d.LowRankMultivariateNormal, td.LowRankMultivariateNormal))
+    key = isthmus.key(3)
+    z = q.rsample((2, 5), key=key)
+    expected = d.low_rank_sample(loc, diagonal.log(), factor, num_samples=10, key=key)
+    torch.testing.assert_close(z, expected.view(2, 5, 4, 3), **EXACT)
+    torch.testing.assert_close(q.log_prob(z), same.log_prob(z), **EXACT)
+    torch.testing.assert_close(kl_divergence(q, same), torch.zeros(4, **DOUBLE), **EXACT)
+    assert q.expand((2, 4)).sample().shape == (2, 4, 3)
+    assert q.sample((0,)).shape == (0, 4, 3)
 
 
 # ---- products of experts ---------------------------------------------------------------------------------------------

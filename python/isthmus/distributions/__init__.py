@@ -1,6 +1,6 @@
 """Distributions on the kernels: drop-in subclasses of ``torch.distributions``, and what it lacks.
 
-Normal, LogNormal, Categorical, RelaxedOneHotCategorical, MultivariateNormal, Independent
+Normal, LogNormal, Categorical, RelaxedOneHotCategorical, MultivariateNormal, LowRankMultivariateNormal, Independent
     torch's classes with one-kernel samples, densities and divergences; samples take ``key=`` and ``generator=``.
 MatrixNormal, NormalInverseWishart
     with density, samples and divergence.
@@ -14,7 +14,7 @@ from isthmus.distributions.categorical import Categorical, RelaxedOneHotCategori
 from isthmus.distributions.closed_forms import bernoulli_kl, beta_kl, dirichlet_kl, gamma_kl, laplace_kl
 from isthmus.distributions.experts import product_of_experts
 from isthmus.distributions.independent import Independent
-from isthmus.distributions.low_rank import low_rank_kl, low_rank_sample
+from isthmus.distributions.low_rank import LowRankMultivariateNormal, low_rank_kl, low_rank_sample
 from isthmus.distributions.matrix_normal import MatrixNormal
 from isthmus.distributions.multivariate import MultivariateNormal, multivariate_normal_kl
 from isthmus.distributions.normal import LogNormal, Normal
@@ -24,6 +24,7 @@ __all__ = [
     "Categorical",
     "Independent",
     "LogNormal",
+    "LowRankMultivariateNormal",
     "MatrixNormal",
     "MultivariateNormal",
     "Normal",

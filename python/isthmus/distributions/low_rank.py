@@ -1,15 +1,19 @@
 """Gaussians with a diagonal plus low-rank covariance, diag(s²) + F Fᵀ; rank one is the case F [D, 1]."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, distributions
 
 from isthmus import ops
 from isthmus.distributions._numeric import log1p_tail
-from isthmus.distributions._sampling import second_stream
+from isthmus.distributions._sampling import ReparameterizedFromKey, second_stream
 from isthmus.distributions.normal import _STANDARD_DEVIATION
 from isthmus.ops._arguments import check_choice, key_for
 
-__all__ = ["low_rank_kl", "low_rank_sample"]
+__all__ = ["LowRankMultivariateNormal", "low_rank_kl", "low_rank_sample"]
 
 
 def low_rank_sample(
@@ -88,6 +92,31 @@ def low_rank_kl(mean: Tensor, scale: Tensor, factor: Tensor, *, scale_type: str 
         excess = -torch.expm1(-scale).unsqueeze(-1)
     through_factor = (factor.square() * excess).sum((-2, -1)) + log1p_tail(eigenvalues).sum(-1)
     return ops.gaussian_kl(mean, scale, scale_type=scale_type) + 0.5 * through_factor
+
+
+class LowRankMultivariateNormal(ReparameterizedFromKey, distributions.LowRankMultivariateNormal):
+    """``torch.distributions.LowRankMultivariateNormal`` with samples by ``low_rank_sample``.
+
+    Example:
+        >>> q = LowRankMultivariateNormal(torch.zeros(8), torch.ones(8, 2), torch.ones(8))
+        >>> q.rsample((3,), key=isthmus.key(0)).shape
+        torch.Size([3, 8])
+    """
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRankMultivariateNormal":
+        return super().expand(batch_shape, self._get_checked_instance(LowRankMultivariateNormal, _instance))
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, generator: Generator | None = None, key: Tensor | None = None
+    ) -> Tensor:
+        """A differentiable sample, [*sample_shape, *batch_shape, D]; ``key``, ``generator``: as in ``Normal``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        samples = math.prod(sample_shape)
+        if samples == 0:
+            return self.loc.new_empty(shape)
+        std, factor = self._unbroadcasted_cov_diag.sqrt(), self._unbroadcasted_cov_factor
+        z = low_rank_sample(self.loc, std, factor, scale_type="std", num_samples=samples, key=key, generator=generator)
+        return z.view(shape)
 
 
 def _check_factor(factor: Tensor, mean: Tensor) -> None:

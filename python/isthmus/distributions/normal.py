@@ -126,11 +126,15 @@ class Normal(ReparameterizedFromKey, distributions.Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log N(value; loc, scale²), elementwise. float32 for half types."""
+        return self.reduced_log_prob(value, "none")
+
+    def reduced_log_prob(self, value: Tensor, reduction: str) -> Tensor:
+        """``log_prob`` summed in the same pass: "none", "row" (over the last dimension), "sum" or "mean" (of rows)."""
         if self._validate_args:
             self._validate_sample(value)
         mean, scale, scale_type = self.parameters
         value, mean, scale = _of_one_dtype(value, mean, scale)
-        return -ops.gaussian_nll(value, mean, scale, scale_type=scale_type, reduction="none")
+        return -ops.gaussian_nll(value, mean, scale, scale_type=scale_type, reduction=reduction)
 
     def entropy(self) -> Tensor:
         """0.5 (1 + log 2π) + log scale, elementwise."""
@@ -175,16 +179,21 @@ def _parameters(d: distributions.Normal) -> tuple[Tensor, Tensor, str]:
     return d.parameters if isinstance(d, Normal) else (d.loc, d.scale, "std")
 
 
-@register_kl(Normal, Normal)
-@register_kl(Normal, distributions.Normal)
-@register_kl(distributions.Normal, Normal)
-def _normal_normal(q: distributions.Normal, p: distributions.Normal) -> Tensor:
+def normal_kl(q: distributions.Normal, p: distributions.Normal, reduction: str) -> Tensor:
+    """KL(q ‖ p) by ``gaussian_kl``, whatever the two are made from; ``reduction`` as there."""
     mean, scale, scale_type = _parameters(q)
     prior_mean, prior_scale, prior_type = _parameters(p)
     if scale_type != prior_type:
         scale, prior_scale, scale_type = _log_variance(q), _log_variance(p), "logvar"
     tensors = _of_one_dtype(mean, scale, prior_mean, prior_scale)
-    return ops.gaussian_kl(*tensors, scale_type=scale_type, reduction="none")
+    return ops.gaussian_kl(*tensors, scale_type=scale_type, reduction=reduction)
+
+
+@register_kl(Normal, Normal)
+@register_kl(Normal, distributions.Normal)
+@register_kl(distributions.Normal, Normal)
+def _normal_normal(q: distributions.Normal, p: distributions.Normal) -> Tensor:
+    return normal_kl(q, p, "none")
 
 
 def _log_variance(d: distributions.Normal) -> Tensor:
