@@ -138,6 +138,21 @@ def test_extreme_logvar_has_finite_gradients(isa, device):
     assert torch.allclose(kl[0], 0.5 * torch.tensor(80.0, device=device).exp(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("logvar", (80.0, -80.0))
+@pytest.mark.parametrize("prior", (False, True), ids=("standard", "prior"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("op", (ops.gaussian_sample_kl, ops.gaussian_sample_log_prob), ids=("sample_kl", "log_prob"))
+def test_extreme_scales_have_finite_gradients(op, dtype, prior, logvar, isa, device):
+    scale = torch.full((2, 3), logvar, device=device, dtype=dtype)
+    mean = torch.zeros_like(scale)
+    leaves = [mean, scale, mean.clone(), scale.clone()] if prior else [mean, scale]
+    leaves = [t.requires_grad_() for t in leaves]
+    outputs = op(*leaves, num_samples=2, key=isthmus.key(0, device=device))
+    assert all(t.isfinite().all() for t in outputs)
+    grads = torch.autograd.grad(sum(t.double().sum() for t in outputs), leaves)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_priors_broadcast():
     mean, logvar = torch.randn(6, 4), torch.randn(6, 4)
     prior_mean = torch.randn(4, requires_grad=True)
@@ -152,6 +167,145 @@ def test_priors_broadcast():
 def test_temperature_zero_is_the_mean():
     mean, logvar = torch.randn(3, 4), torch.randn(3, 4)
     assert torch.equal(ops.gaussian_sample(mean, logvar, temperature=0.0), mean)
+
+
+# ---- every option draws from the stream ------------------------------------------------------------------------------
+
+
+def drawn(key, samples, antithetic, *shape, dtype=torch.float64):
+    """The noise of samples: a new leading axis, unless samples is None."""
+    if samples is None:
+        return ops.gaussian_noise(key, shape, dtype)
+    if not antithetic:
+        return ops.gaussian_noise(key, (samples, *shape), dtype)
+    noise = ops.gaussian_noise(key, (samples // 2, *shape), dtype)
+    return torch.stack((noise, -noise), 1).flatten(0, 1)
+
+
+DRAWS = ((None, False, 1.0), (1, False, 1.0), (3, False, 0.7), (4, True, 1.0), (2, True, 0.3))
+
+
+@pytest.mark.parametrize(("samples", "antithetic", "temperature"), DRAWS)
+def test_every_op_draws_the_stream(samples, antithetic, temperature, isa, device):
+    mean, logvar, prior_mean, prior_logvar = torch.randn(4, 5, 700, device=device, dtype=torch.float64)
+    key = isthmus.key(17, device=device)
+    draw = {"num_samples": samples, "antithetic": antithetic, "temperature": temperature, "key": key}
+    noise = temperature * drawn(key, samples, antithetic, 5, 700)
+    expected = mean + (logvar / 2).exp() * noise
+    prior = prior_mean, prior_logvar
+    packed = torch.cat((mean, logvar), 0)
+    clamped = mean + (logvar.clamp(-0.5, 0.5) / 2).exp() * noise
+    residual = prior_mean + mean + ((prior_logvar + logvar) / 2).exp() * noise
+    mask = torch.arange(5, device=device) % 2 == 0
+    for z, wanted in (
+        (ops.gaussian_sample(mean, logvar, **draw), expected),
+        (ops.gaussian_sample(packed, packed_dim=0, **draw), expected),
+        (ops.gaussian_sample(mean, (logvar / 2).exp(), scale_type="std", **draw), expected),
+        (ops.gaussian_sample(mean, logvar, clamp=(-0.5, 0.5), **draw), clamped),
+        (ops.gaussian_sample_kl(mean, logvar, *prior, **draw)[0], expected),
+        (ops.gaussian_sample_kl(mean, logvar, *prior, residual=True, **draw)[0], residual),
+        (ops.gaussian_sample_kl(mean, logvar, mask=mask, **draw)[0], expected * mask.unsqueeze(-1)),
+        (ops.gaussian_sample_kl(mean, logvar, reduction="dim", **draw)[0], expected),
+        (ops.gaussian_sample_log_prob(packed, packed_dim=0, **draw)[0], expected),
+        (ops.gaussian_sample_log_prob(mean, logvar, *prior, residual=True, **draw)[0], residual),
+    ):
+        torch.testing.assert_close(z, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_densities_are_those_of_the_samples(device):
+    mean, logvar, prior_mean, prior_logvar = torch.randn(4, 5, 700, device=device, dtype=torch.float64)
+    z, _, log_q, log_p = ops.gaussian_sample_log_prob(mean, logvar, prior_mean, prior_logvar, num_samples=3)
+    for found, center, scale in ((log_q, mean, logvar), (log_p, prior_mean, prior_logvar)):
+        expected = torch.distributions.Normal(center, (scale / 2).exp()).log_prob(z).sum(-1)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_densities_of_nothing_are_zero():
+    empty = torch.zeros(4, 0)
+    for density in ops.gaussian_sample_log_prob(empty, empty, num_samples=3)[2:]:
+        assert torch.equal(density, torch.zeros(3, 4))
+
+
+def test_antithetic_pairs_mirror_each_other(device):
+    mean, logvar = torch.randn(2, 50, device=device)
+    z = ops.gaussian_sample(mean, logvar, num_samples=6, antithetic=True)
+    torch.testing.assert_close(z.unflatten(0, (3, 2)).mean(1), mean.expand(3, 50), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(z[0], z[2])
+
+
+@needs_torch_stream
+def test_samples_are_torchs_normals():
+    from torch.func import _random
+
+    mean, logvar = torch.randn(2, 3, 40)
+    noise = _random.normal(_random.key(42), (4, 3, 40))
+    found = ops.gaussian_sample(mean, logvar, num_samples=8, antithetic=True, key=isthmus.key(42))
+    expected = torch.stack((mean + (logvar / 2).exp() * noise, mean - (logvar / 2).exp() * noise), 1).flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- layouts and masks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", (0, 1, -1))
+@pytest.mark.parametrize("op", (ops.gaussian_sample, ops.gaussian_sample_kl, ops.gaussian_sample_log_prob))
+def test_packed_posteriors_equal_separate_ones(op, dim, isa, device):
+    packed = torch.randn(4, 6, 10, device=device, requires_grad=True)
+    halves = [half.detach().contiguous().requires_grad_() for half in packed.chunk(2, dim)]
+    key = isthmus.key(3, device=device)
+    found = op(packed, packed_dim=dim, num_samples=2, key=key)
+    expected = op(*halves, num_samples=2, key=key)
+    if op is ops.gaussian_sample:
+        found, expected = (found,), (expected,)
+    assert all(map(torch.equal, found, expected))
+    weights = [torch.randn_like(t) for t in found]
+    (grad,) = torch.autograd.grad(found, packed, weights)
+    assert torch.equal(grad, torch.cat(torch.autograd.grad(expected, halves, weights), dim))
+
+
+def largest_allocations(call):
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    sizes = sorted((event.self_cpu_memory_usage for event in profile.events()), reverse=True)
+    return [size for size in sizes if size > 4096]  # bytes; less is a key or a sum
+
+
+def test_nothing_but_results_is_allocated():
+    """Packed, constant, expanded: no operand is copied, forward or backward."""
+    packed = torch.randn(4, 8, 50, 50, requires_grad=True)
+    size = packed.numel() * 4
+    prior = torch.randn(50).expand(4, 4, 50, 50), torch.zeros(()).expand(4, 4, 50, 50)
+    options = {"packed_dim": 1, "reduction": "sum", "key": isthmus.key(0)}
+    assert largest_allocations(lambda: ops.gaussian_sample_kl(packed, None, *prior, **options)) == [size // 2]
+    z, kl = ops.gaussian_sample_kl(packed, None, *prior, **options)
+    grads = torch.ones_like(z), torch.ones_like(kl)
+    assert largest_allocations(lambda: torch.autograd.grad((z, kl), packed, grads)) == [size]
+
+
+def test_a_packed_posterior_is_saved_as_it_is():
+    packed, saved = torch.zeros(64, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.gaussian_sample_kl(packed)
+    assert {t.data_ptr() for t in saved if t is not None and t.is_floating_point()} == {packed.data_ptr()}
+
+
+@pytest.mark.parametrize("rubbish", (torch.nan, torch.inf, -torch.inf))
+def test_rows_left_out_have_samples_and_gradients_of_zero(rubbish, isa, device):
+    tensors = torch.randn(4, 6, 5, 10, device=device)
+    mask = torch.rand(6, 5, device=device) < 0.5
+    clean = torch.where(mask.unsqueeze(-1), tensors, 0)
+    tensors[:, ~mask] = rubbish
+
+    def run(tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        z, kl = ops.gaussian_sample_kl(*leaves, mask=mask, num_samples=2, key=isthmus.key(0, device=device))
+        weights = torch.linspace(0.5, 1.5, z.numel(), device=device).reshape(z.shape), torch.ones_like(kl)
+        return z, kl, *torch.autograd.grad((z, kl), leaves, weights)
+
+    for found, expected in zip(run(tensors), run(clean), strict=True):
+        assert torch.equal(found, expected) and found.isfinite().all()
+    z, _, *grads = run(tensors)
+    assert (z[:, ~mask] == 0).all() and all((grad[~mask] == 0).all() for grad in grads)
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
@@ -219,6 +373,38 @@ MEAN, LOGVAR = torch.zeros(3, 4), torch.zeros(3, 4)
             lambda: ops.gaussian_sample(MEAN, torch.zeros(3, 5)),
             r"scale has shape \[3, 5\], which does not broadcast with mean",
         ),
+        (lambda: ops.gaussian_sample(MEAN, LOGVAR, antithetic=True), "num_samples is None; expected an even number"),
+        (
+            lambda: ops.gaussian_sample(MEAN, LOGVAR, antithetic=True, num_samples=3),
+            "num_samples is 3; expected an even number of antithetic samples",
+        ),
+        (
+            lambda: ops.gaussian_sample(torch.zeros(3, 5)),
+            "there is no scale; expected an even size",
+        ),
+        (lambda: ops.gaussian_sample(MEAN, packed_dim=-3), "expected an even size along packed_dim -3"),
+        (lambda: ops.gaussian_sample(MEAN, LOGVAR, clamp=(2.0, 1.0)), r"clamp is \(2.0, 1.0\); expected \(low, high\)"),
+        (lambda: ops.gaussian_sample(MEAN, LOGVAR, clamp_mode="soft"), "clamp_mode is 'soft'; expected one of"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, mask=MEAN[:, 0]), "mask has dtype Float; expected bool"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, mask=MEAN == 0), "mask has shape .*, which does not expand to"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, residual=True), "residual is true without a prior; expected"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, unit="bytes"), "unit is 'bytes'; expected one of"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, balance=-1.0), "balance is -1.0; expected a share"),
+        (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, reduction="group", groups=3), "groups is 3; expected a divisor"),
+        (lambda: ops.gaussian_sample_log_prob(MEAN, LOGVAR, residual=True), "residual is true without a prior"),
+        (
+            lambda: ops.gaussian_sample_log_prob(MEAN, LOGVAR, gradient="stl"),
+            "gradient is 'stl'; expected one of",
+        ),
+        (
+            lambda: ops.gaussian_sample_log_prob(MEAN, LOGVAR, gradient="doubly_reparameterized"),
+            "groups is 1, num_samples None; expected a divisor of the number of samples",
+        ),
+        (
+            lambda: ops.gaussian_sample_log_prob(MEAN, LOGVAR, gradient="partial", num_samples=3, groups=2),
+            "groups is 2, num_samples 3; expected a divisor",
+        ),
+        (lambda: ops.gaussian_sample_log_prob(MEAN, LOGVAR, MEAN), "prior_scale is missing; give both"),
         (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, MEAN), "prior_scale is missing; give both"),
         (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, None, LOGVAR), "prior_mean is missing; give both"),
         (lambda: ops.gaussian_sample_kl(MEAN, LOGVAR, reduction="rows"), "reduction is 'rows'; expected one of"),
