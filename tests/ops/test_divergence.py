@@ -303,6 +303,17 @@ def test_rows_left_out_count_nothing_whatever_they_hold(rubbish, reduction, isa,
         assert torch.equal(grad, clean_grad) and (grad[~mask] == 0).all()
 
 
+def test_rows_left_out_have_second_derivatives_of_zero():
+    tensors = torch.randn(4, 6, 5, dtype=torch.float64)
+    mask = torch.arange(6) % 2 == 0
+    tensors[:, ~mask] = torch.nan
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    kl = ops.gaussian_kl(*leaves, mask=mask)
+    grads = torch.autograd.grad(kl.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in grads), leaves)
+    assert all((t[mask] != 0).all() and (t[~mask] == 0).all() for t in second)
+
+
 @pytest.mark.parametrize("reduction", ("mean", "dim"))
 def test_means_are_over_the_rows_that_count(reduction, device):
     mean, logvar = torch.randn(2, 40, 6, device=device)

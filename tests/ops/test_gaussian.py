@@ -308,6 +308,17 @@ def test_rows_left_out_have_samples_and_gradients_of_zero(rubbish, isa, device):
     assert (z[:, ~mask] == 0).all() and all((grad[~mask] == 0).all() for grad in grads)
 
 
+def test_rows_left_out_have_second_derivatives_of_zero():
+    tensors = torch.randn(4, 6, 5, dtype=torch.float64)
+    mask = torch.arange(6) % 2 == 0
+    tensors[:, ~mask] = torch.nan
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = ops.gaussian_sample_kl(*leaves, mask=mask)
+    grads = torch.autograd.grad(sum(t.square().sum() for t in outputs), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in grads), leaves)
+    assert all((t[mask] != 0).all() and (t[~mask] == 0).all() for t in second)
+
+
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,17 @@ def unpack(mean: Tensor, scale: Tensor | None, packed_dim: int) -> tuple[Tensor,
     return tuple(mean.chunk(2, packed_dim)) if scale is None else (mean, scale)
 
 
+def without_masked_rows(mask: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors with ones, valid as means and scales, where the mask is False.
+
+    What is left out may be NaN or infinite; a gradient of 0 that flows back to it would be NaN.
+    """
+    if mask is None:
+        return tensors
+    rows = mask.unsqueeze(-1)
+    return tuple(torch.where(rows, t, 1) if isinstance(t, Tensor) else t for t in tensors)
+
+
 def posterior(
     mean: Tensor,
     scale: Tensor | None,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.reference._gaussians import posterior, reduce
+from isthmus.reference._gaussians import posterior, reduce, unpack, without_masked_rows
 from isthmus.reference._numeric import widen
 
 __all__ = ["gaussian_kl", "log_mean_exp"]
@@ -57,6 +57,8 @@ def gaussian_kl(
         >>> gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
     """
+    mean, scale = unpack(mean, scale, parameters.pop("packed_dim", -1))
+    mean, scale, prior_mean, prior_scale = without_masked_rows(mask, mean, scale, prior_mean, prior_scale)
     if balance is None:
         kl = _elements(mean, scale, prior_mean, prior_scale, parameters)
     else:

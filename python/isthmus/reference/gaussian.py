@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.random import philox4x32
-from isthmus.reference._gaussians import Posterior, clamp_scale, posterior, unpack
+from isthmus.reference._gaussians import Posterior, clamp_scale, posterior, unpack, without_masked_rows
 from isthmus.reference._numeric import widen
 from isthmus.reference.divergence import gaussian_kl
 
@@ -140,6 +140,7 @@ def gaussian_sample_kl(
         (tensor([2., 2., 2.]), tensor([1.5000, 1.5000]))
     """
     mean, scale = unpack(mean, scale, packed_dim)
+    mean, scale, prior_mean, prior_scale = without_masked_rows(mask, mean, scale, prior_mean, prior_scale)
     scale = clamp_scale(scale, clamp, clamp_mode)  # once: a clamp may look at the gradient that reaches it
     tensors = (mean, scale, prior_mean, prior_scale)
     parameters: dict[str, Any] = {"scale_type": scale_type, "residual": residual}
