@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from isthmus import objectives
+from isthmus import objectives, ops
 
 
 def terms():
@@ -29,10 +29,11 @@ def test_info_vae_equals_its_form_with_the_mutual_information():
 @pytest.mark.parametrize(
     "discrepancy",
     [
+        lambda z, prior: ops.mmd(z, prior, kernel="imq"),
         lambda z, prior: objectives.sliced_wasserstein(z, prior, objectives.quasi_directions(64, 2)),
         lambda z, prior: objectives.sinkhorn_divergence(z, prior, epsilon=0.5, iterations=20),
     ],
-    ids=["sliced", "sinkhorn"],
+    ids=["mmd", "sliced", "sinkhorn"],
 )
 def test_wasserstein_autoencoder_moves_codes_to_the_prior(discrepancy):
     prior = torch.randn(128, 2)

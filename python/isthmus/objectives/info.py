@@ -29,9 +29,10 @@ def info_vae_loss(nll: Tensor, kl: Tensor, discrepancy: Tensor, *, alpha: float 
         [], the mean loss.
 
     Example:
-        >>> nll, kl, discrepancy = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0]), torch.tensor(0.1)
-        >>> info_vae_loss(nll, kl, discrepancy, alpha=1.0, lambda_=10.0)
-        tensor(5.)
+        >>> z, nll, kl = torch.randn(64, 2), torch.rand(64), torch.rand(64)
+        >>> discrepancy = ops.mmd(z, torch.randn(64, 2))
+        >>> info_vae_loss(nll, kl, discrepancy, alpha=1.0, lambda_=10.0).shape
+        torch.Size([])
     """
     return (nll + (1.0 - alpha) * kl).mean() + (alpha + lambda_ - 1.0) * discrepancy
 
