@@ -14,6 +14,14 @@ struct alignas(64) Tile {
   C values[tile_elements + lanes<C>];  // the tail lets a last vector be stored whole
 };
 
+// Fetches the lines of [p, p + tile_elements) that a next piece will need. Pieces are as long as a page, where the
+// hardware's own prefetch stops; issued before a long computation, this hides the memory behind it.
+template <bool ForWriting, class T>
+ISTHMUS_INLINE void prefetch(const T* p) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < tile_elements; i += line) __builtin_prefetch(p + i, ForWriting, 3);
+}
+
 template <class T>
 class Reader {
   using C = Compute<T>;
@@ -43,6 +51,10 @@ class Reader {
     return tile_.values;
   }
 
+  void prefetch(int64_t first) const {
+    if (first < block_ && block_ > 1) isthmus::prefetch<false>(data_ + first);
+  }
+
  private:
   bool constant() const { return data_ != nullptr && block_ == 1 && stride_ == 0; }
 
@@ -66,6 +78,10 @@ class Writer {
       if (first % block_ + count <= block_) return data_ + first / block_ * stride_ + first % block_;
     }
     return tile_.values;
+  }
+
+  void prefetch(int64_t first) const {
+    if (data_ != nullptr && first < block_) isthmus::prefetch<true>(data_ + first);
   }
 
   void write(const C* from, int64_t first, int64_t count) const {

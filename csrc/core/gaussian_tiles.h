@@ -25,15 +25,6 @@ struct GaussianPiece {
   }
 };
 
-ISTHMUS_INLINE f32v tanh(f32v x) {
-  const f32v e = expm1(2.0f * negative_magnitude(x));  // in (-1, 0]
-  return flip_sign(e / (e + 2.0f), ~(u32v)x);
-}
-ISTHMUS_INLINE f64v tanh(f64v x) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
-  return x;
-}
-
 template <class C>
 inline void clamp_elements(const Clamp& clamp, const C* from, int64_t count, C* to) {
   const C low = static_cast<C>(clamp.low), high = static_cast<C>(clamp.high);
@@ -99,6 +90,14 @@ class GaussianReader {
     return {mean_.read(first, count), scale, prior_mean_.read(first, count), prior_scale_.read(first, count), raw};
   }
 
+  // For the piece that begins at `first`.
+  void prefetch(int64_t first) const {
+    mean_.prefetch(first);
+    scale_.prefetch(first);
+    prior_mean_.prefetch(first);
+    prior_scale_.prefetch(first);
+  }
+
  private:
   const Clamp& clamp_;
   Reader<T> mean_, scale_, prior_mean_, prior_scale_;
@@ -120,6 +119,13 @@ class GaussianWriter {
     scale = scale_.begin(first, count);
     prior_mean = prior_mean_.begin(first, count);
     prior_scale = prior_scale_.begin(first, count);
+  }
+
+  void prefetch(int64_t first) const {
+    mean_.prefetch(first);
+    scale_.prefetch(first);
+    prior_mean_.prefetch(first);
+    prior_scale_.prefetch(first);
   }
 
   void clear_masked(const Gaussians& q, int64_t first, int64_t count) const {

@@ -8,7 +8,7 @@
 namespace isthmus {
 namespace {
 
-constexpr int64_t tile_elements = 1024;       // working buffers of this many elements stay in L1
+constexpr int64_t tile_elements = 512;        // a dozen buffers of this many elements stay in L1
 constexpr int64_t chunk_columns = 16 * 1024;  // wider rows are shared between threads
 constexpr int64_t grain_elements = 8 * 1024;  // below this much work a second thread costs more than it brings
 

@@ -3,7 +3,7 @@
 // One pass each way: forward reads each input once and writes the sums; backward reads them again and writes every
 // gradient. Bound by arithmetic in cache and by memory beyond it.
 //
-// Work goes through pieces of 1024 elements: the divergence is computed over a piece as if it were one row, at full
+// Work goes through pieces of 512 elements: the divergence is computed over a piece as if it were one row, at full
 // vector width whatever the shape, and summed from L1 as the reduction asks (core/reduce.h).
 
 #include "core/gaussian_tiles.h"

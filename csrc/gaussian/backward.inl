@@ -161,7 +161,10 @@ struct Backward {
       steps.fill_std(x, count, std.values);
       steps.fill_densities(x, count, densities);
     }
+    reader.prefetch(piece.first + count);
+    writer.prefetch(piece.first + count);
     for (int64_t k = 0; k < args.num_samples; ++k) {
+      prefetch<false>(grad_z(piece, k));
       if (!args.antithetic || k % 2 == 0) fill_normal(key, noise_start(args, k) + piece.first, count, noise.values);
       if (!options.with_densities) {
         add_sample(piece, k);

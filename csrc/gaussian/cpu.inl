@@ -7,7 +7,7 @@
 // reads grad_z, mean and scale and writes two gradients. Noise is recomputed from the key, never stored.
 // Bound by arithmetic, not memory: about 5 instructions an element at AVX-512 for the noise, 3 for the divergence.
 //
-// Work goes through pieces of 1024 elements whose standard deviation and noise wait in L1, so that the divergence, the
+// Work goes through pieces of 512 elements whose standard deviation and noise wait in L1, so that the divergence, the
 // generator and the affine map each stay a short loop of their own.
 
 #include "core/gaussian_tiles.h"

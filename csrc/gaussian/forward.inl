@@ -84,10 +84,14 @@ struct Forward {
   explicit Forward(const GaussianSample& args_)
       : args(args_), key(args_.key), steps(forward_steps<C>(args_.posterior)), reader(args_.posterior) {}
 
+  T* z_of(const Piece& piece, int64_t k) const {
+    return static_cast<T*>(args.z) + k * args.reduction.rows * args.reduction.cols + piece.first;
+  }
+
   void write_sample(const Piece& piece, int64_t k, const C* mean) {
     const int64_t count = piece.count();
     const V factor = splat(static_cast<C>(noise_sign(args, k)));
-    T* z = static_cast<T*>(args.z) + k * args.reduction.rows * args.reduction.cols + piece.first;
+    T* z = z_of(piece, k);
     for (int64_t j = 0; j < count; j += lanes<C>) {
       const V shift = factor * load(std.values + j) * load(noise.values + j);
       store_first(z + j, load_first(mean + j, count - j) + shift, count - j);
@@ -137,7 +141,9 @@ struct Forward {
       }
       mean = center.values;
     }
+    reader.prefetch(piece.first + count);
     for (int64_t k = 0; k < args.num_samples; ++k) {
+      prefetch<true>(z_of(piece, k));
       if (!args.antithetic || k % 2 == 0) fill_normal(key, noise_start(args, k) + piece.first, count, noise.values);
       write_sample(piece, k, mean);
       if (args.log_q != nullptr) write_densities(piece, k);

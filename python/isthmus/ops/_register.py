@@ -35,6 +35,59 @@ def register_vmap_by_loop(name: str) -> None:
     torch.library.register_vmap(f"isthmus::{name}", rule)
 
 
+def eager(name: str) -> Callable[..., Any]:
+    """The op `name`, past torch.library's autograd layer where no gradient can be wanted.
+
+    That layer serves every transform and tracer and costs tens of microseconds a call, more than many of the ops.
+    """
+    op = getattr(torch.ops.isthmus, name).default
+
+    def call(*args: Any) -> Any:
+        if _transformed() or _wants_gradient(args):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _transformed() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+) -> Callable[..., Any]:
+    """Make the op `name` differentiable, and return it as the public functions should call it.
+
+    Plain eager code takes a torch.autograd.Function with the same two functions, for the reason given in eager().
+    """
+    torch.library.register_autograd(f"isthmus::{name}", backward, setup_context=setup_context)
+    without_gradient = eager(name)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = without_gradient(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*args: Any) -> Any:
+        # Under a transform, eager() hands over to torch.library.
+        return function.apply(*args) if _wants_gradient(args) and not _transformed() else without_gradient(*args)
+
+    return call
+
+
 def gradient_of(function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Any) -> list[Tensor | None]:
     """∂⟨function(*inputs), grads⟩ / ∂inputs, itself differentiable. None entries are passed through."""
     present = [t for t in inputs if t is not None]

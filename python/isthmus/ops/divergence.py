@@ -18,9 +18,11 @@ from isthmus.ops._gaussians import (
     posterior_shape,
 )
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -105,7 +107,7 @@ def gaussian_kl(
     tensors = gaussian_tensors(mean, scale, prior_mean, prior_scale, packed_dim)
     if mask is not None:
         mask = expand_mask(mask, tensors[0], tensors[1], packed_dim)
-    kl = _ops.gaussian_kl(*tensors, mask, scale_type, packed_dim, residual, *clamp_args, *options)
+    kl = _gaussian_kl(*tensors, mask, scale_type, packed_dim, residual, *clamp_args, *options)
     return finish_divergence(kl, mask, reduction, beta, free_bits, capacity)
 
 
@@ -133,7 +135,7 @@ def log_mean_exp(log_weights: Tensor, *, groups: int = 1) -> Tensor:
         >>> log_mean_exp(torch.zeros(6, 2), groups=3).shape
         torch.Size([3, 2])
     """
-    return _ops.log_mean_exp(log_weights, groups)
+    return _log_mean_exp(log_weights, groups)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -163,6 +165,9 @@ def _(grad, log_weights, bound):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_gaussian_kl_backward = eager("gaussian_kl_backward")
+_log_mean_exp_backward = eager("log_mean_exp_backward")
+
 
 def _kl_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5])
@@ -172,21 +177,21 @@ def _kl_setup(ctx, inputs, output):
 def _kl_backward(ctx, grad):
     *tensors, mask = ctx.saved_tensors
     prior_gradient = any(ctx.needs_input_grad[2:4])
-    grads = _ops.gaussian_kl_backward(grad, *tensors, mask, *ctx.options, prior_gradient)
+    grads = _gaussian_kl_backward(grad, *tensors, mask, *ctx.options, prior_gradient)
     present = (True, tensors[1] is not None, prior_gradient, prior_gradient)
     return *map(none_if_absent, grads, present), None, *(None for _ in ctx.options)
 
 
-def _log_mean_exp_setup(ctx, inputs, output):
+def _bound_setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output)
 
 
-def _log_mean_exp_backward(ctx, grad):
-    return _ops.log_mean_exp_backward(grad, *ctx.saved_tensors), None
+def _bound_backward(ctx, grad):
+    return _log_mean_exp_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("isthmus::gaussian_kl", _kl_backward, setup_context=_kl_setup)
-torch.library.register_autograd("isthmus::log_mean_exp", _log_mean_exp_backward, setup_context=_log_mean_exp_setup)
+_gaussian_kl = register_gradient("gaussian_kl", _kl_backward, _kl_setup)
+_log_mean_exp = register_gradient("log_mean_exp", _bound_backward, _bound_setup)
 
 
 def parameters(scale_type: str, packed_dim: int, residual: bool, mode: str, low: float, high: float) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from isthmus.ops._gaussians import (
     posterior_shape,
 )
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -106,7 +108,7 @@ def gaussian_sample(
     mean, scale, _, _ = gaussian_tensors(mean, scale, None, None, packed_dim)
     key = key_for(mean, key, generator)
     samples = _axis(num_samples, antithetic)
-    return _ops.gaussian_sample(mean, scale, key, scale_type, packed_dim, *options, samples, antithetic, temperature)
+    return _gaussian_sample(mean, scale, key, scale_type, packed_dim, *options, samples, antithetic, temperature)
 
 
 def gaussian_sample_kl(
@@ -170,7 +172,7 @@ def gaussian_sample_kl(
         mask = expand_mask(mask, tensors[0], tensors[1], packed_dim)
     key = key_for(mean, key, generator)
     draw = _axis(num_samples, antithetic), antithetic, temperature
-    z, kl = _ops.gaussian_sample_kl(*tensors, mask, key, scale_type, packed_dim, residual, *clamp_args, *draw, *options)
+    z, kl = _gaussian_sample_kl(*tensors, mask, key, scale_type, packed_dim, residual, *clamp_args, *draw, *options)
     return z, finish_divergence(kl, mask, reduction, beta, free_bits, capacity)
 
 
@@ -238,7 +240,7 @@ def gaussian_sample_log_prob(
     clamp_args = clamp_options(clamp, clamp_mode)
     tensors = gaussian_tensors(mean, scale, prior_mean, prior_scale, packed_dim)
     key = key_for(mean, key, generator)
-    return _ops.gaussian_sample_log_prob(
+    return _gaussian_sample_log_prob(
         *tensors, key, scale_type, packed_dim, residual, *clamp_args, samples, antithetic, temperature, gradient, groups
     )
 
@@ -305,6 +307,10 @@ def _(grad_z, grad_kl, grad_log_q, grad_log_p, gate, mean, scale, prior_mean, pr
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_gaussian_sample_backward = eager("gaussian_sample_backward")
+_gaussian_sample_kl_backward = eager("gaussian_sample_kl_backward")
+_gaussian_sample_log_prob_backward = eager("gaussian_sample_log_prob_backward")
+
 
 def _sample_setup(ctx, inputs, output):
     mean, scale, key, *ctx.options = inputs
@@ -316,7 +322,7 @@ def _sample_setup(ctx, inputs, output):
 def _sample_backward(ctx, grad):
     layout, key = ctx.saved_tensors
     scale = None if ctx.packed else layout
-    grads = _ops.gaussian_sample_backward(grad, layout, scale, key, *ctx.options)
+    grads = _gaussian_sample_backward(grad, layout, scale, key, *ctx.options)
     return grads[0], none_if_absent(grads[1], not ctx.packed), None, *(None for _ in ctx.options)
 
 
@@ -334,7 +340,7 @@ def _present(ctx: Any, scale: Tensor | None) -> tuple[bool, ...]:
 def _sample_kl_backward(ctx, grad_z, grad_kl):
     saved = ctx.saved_tensors
     present = _present(ctx, saved[1])
-    grads = _ops.gaussian_sample_kl_backward(grad_z, grad_kl, *saved, *ctx.options, present[-1])
+    grads = _gaussian_sample_kl_backward(grad_z, grad_kl, *saved, *ctx.options, present[-1])
     return *map(none_if_absent, grads, present), None, None, *(None for _ in ctx.options)
 
 
@@ -362,15 +368,15 @@ def _log_prob_backward(ctx, grad_z, grad_kl, grad_log_q, grad_log_p):
     present = _present(ctx, saved[1])
     gate = _gate(ctx.gradient, ctx.groups, grad_log_p)
     path_only = ctx.gradient in ("path", "doubly_reparameterized")
-    grads = _ops.gaussian_sample_log_prob_backward(
+    grads = _gaussian_sample_log_prob_backward(
         grad_z, grad_kl, grad_log_q, grad_log_p, gate, *saved, *ctx.options, path_only, present[-1]
     )
     return *map(none_if_absent, grads, present), None, *(None for _ in ctx.options), None, None
 
 
-torch.library.register_autograd("isthmus::gaussian_sample", _sample_backward, setup_context=_sample_setup)
-torch.library.register_autograd("isthmus::gaussian_sample_kl", _sample_kl_backward, setup_context=_sample_kl_setup)
-torch.library.register_autograd("isthmus::gaussian_sample_log_prob", _log_prob_backward, setup_context=_log_prob_setup)
+_gaussian_sample = register_gradient("gaussian_sample", _sample_backward, _sample_setup)
+_gaussian_sample_kl = register_gradient("gaussian_sample_kl", _sample_kl_backward, _sample_kl_setup)
+_gaussian_sample_log_prob = register_gradient("gaussian_sample_log_prob", _log_prob_backward, _log_prob_setup)
 
 
 # ---- gradients of gradients ------------------------------------------------------------------------------------------
