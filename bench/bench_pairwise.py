@@ -1,8 +1,9 @@
-"""Terms over all pairs: mixture densities and the aggregate posterior of beta-TC."""
+"""Terms over all pairs: mixture densities, the aggregate posterior of beta-TC, maximum mean discrepancy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from harness import MODES, shapes
@@ -100,5 +101,41 @@ def bench_aggregate_log_prob(contest, shape, mode):
         plain=broadcast_aggregate,
         peer=("one dimension at a time", mixed_aggregate),
         isthmus=lambda z, mean, logvar: ops.aggregate_log_prob(z, mean, logvar, DATASET_SIZE),
+        compare=lambda *results: results,
+    )
+
+
+BANDWIDTHS = (2.0, 4.0, 8.0, 16.0)
+
+
+def rbf_mmd(squared_distances: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The biased estimate over any way to squared distances."""
+
+    def kernel_mean(x: Tensor, y: Tensor) -> Tensor:
+        squares = squared_distances(x, y)
+        return sum(torch.exp(-squares / (2 * h * h)).mean() for h in BANDWIDTHS)
+
+    return lambda x, y: kernel_mean(x, x) + kernel_mean(y, y) - 2 * kernel_mean(x, y)
+
+
+def broadcast_distances(x: Tensor, y: Tensor) -> Tensor:
+    return (x.unsqueeze(1) - y).square().sum(-1)
+
+
+def expanded_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Fast, but the distance of a point from itself is not 0."""
+    return x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.t()
+
+
+@MODES
+@shapes({"N": 256, "D": 16}, large=({"N": 2048, "D": 64},))
+def bench_mmd(contest, shape, mode):
+    x, y = torch.randn(2, *shape.values()).unbind()
+    contest(
+        x.clone(),
+        1.5 * y + 0.5,
+        plain=rbf_mmd(broadcast_distances),
+        peer=("expanded square", rbf_mmd(expanded_distances)),
+        isthmus=lambda x, y: ops.mmd(x, y, bandwidths=BANDWIDTHS, estimator="biased"),
         compare=lambda *results: results,
     )

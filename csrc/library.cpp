@@ -49,6 +49,8 @@ void define_schemas(StableLibrary& m) {
   m.def("mixture_log_prob_backward(Tensor grad, Tensor normalizer, Tensor z, Tensor mean, Tensor scale, Tensor? log_weight, str scale_type, str over, bool need_z, bool need_components, bool need_log_weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("aggregate_log_prob(Tensor z, Tensor mean, Tensor scale, SymInt dataset_size, str estimator, str scale_type) -> (Tensor, Tensor, Tensor)");
   m.def("aggregate_log_prob_backward(Tensor grad_joint, Tensor grad_marginal, Tensor log_marginal, Tensor normalizer, Tensor z, Tensor mean, Tensor scale, SymInt dataset_size, str estimator, str scale_type, bool need_z, bool need_components) -> (Tensor, Tensor, Tensor)");
+  m.def("mmd(Tensor x, Tensor y, str kernel, float[] bandwidths, str estimator) -> Tensor");
+  m.def("mmd_backward(Tensor grad, Tensor x, Tensor y, str kernel, float[] bandwidths, str estimator, bool need_x, bool need_y) -> (Tensor, Tensor)");
 
   // categorical
   m.def("gumbel_noise(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");

@@ -129,7 +129,7 @@ void aggregate(const Aggregate& args) {
                      RowBlock<T> block(pairs.dim);
                      Scores<T> scores{components, weights, {}};
                      const MarginalSums<T> sums(marginals, weights);
-                     for_each_block(pairs, block, chunks.first(begin), chunks.first(end), [&] {
+                     for_each_block(pairs.z, block, chunks.first(begin), chunks.first(end), [&] {
                        sum_over_components(block, scores, joint);
                        sums.run(block, static_cast<C*>(args.log_marginal));
                      });

@@ -11,11 +11,13 @@
 #include "pairwise/engine.inl"
 #include "pairwise/mixture.inl"
 #include "pairwise/aggregate.inl"
+#include "pairwise/discrepancy.inl"
 // clang-format on
 
 namespace isthmus::ISTHMUS_LEVEL {
 
 extern const PairwiseKernels pairwise_table;
-const PairwiseKernels pairwise_table = {mixture, mixture_backward, aggregate, aggregate_backward};
+const PairwiseKernels pairwise_table = {mixture,     mixture_backward,    aggregate, aggregate_backward,
+                                        discrepancy, discrepancy_backward};
 
 }  // namespace isthmus::ISTHMUS_LEVEL

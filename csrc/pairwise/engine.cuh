@@ -103,11 +103,11 @@ struct ScoreSlices {
   Slice<C> z, slope, shift;
 };
 
-// sums[r][c] = Σ_d t² of row place(y, r) and component place(x, c). All threads of the block call it; the slices must
-// be free on entry and are free on return.
-template <class C, class T>
+// sums[r][c] = Σ_d (z · slope - shift)² of row place(y, r) and component place(x, c); not `Scaled`: all slopes are 1.
+// All threads of the block call it; the slices must be free on entry and are free on return.
+template <bool Scaled, class C, class T, class U>
 __device__ __forceinline__ void square_tiles(const MatrixRows<T>& z, const MatrixRows<C>& slope,
-                                             const MatrixRows<C>& shift, ScoreSlices<C>& slices,
+                                             const MatrixRows<U>& shift, ScoreSlices<C>& slices,
                                              C (&sums)[per_thread<C>][per_thread<C>]) {
   constexpr int n = per_thread<C>;
   const int x = threadIdx.x % block_side, y = threadIdx.x / block_side;
@@ -120,8 +120,10 @@ __device__ __forceinline__ void square_tiles(const MatrixRows<T>& z, const Matri
     C next[n];
     Slice<C>::fetch(z, depth, y, x, next);
     slices.z.put(y, x, next);
-    Slice<C>::fetch(slope, depth, y, x, next);
-    slices.slope.put(y, x, next);
+    if constexpr (Scaled) {
+      Slice<C>::fetch(slope, depth, y, x, next);
+      slices.slope.put(y, x, next);
+    }
     Slice<C>::fetch(shift, depth, y, x, next);
     slices.shift.put(y, x, next);
     __syncthreads();
@@ -129,13 +131,13 @@ __device__ __forceinline__ void square_tiles(const MatrixRows<T>& z, const Matri
     for (int k = 0; k < depth_slice; ++k) {
       C from_z[n], from_slope[n], from_shift[n];
       slices.z.read(k, y, from_z);
-      slices.slope.read(k, x, from_slope);
+      if constexpr (Scaled) slices.slope.read(k, x, from_slope);
       slices.shift.read(k, x, from_shift);
 #pragma unroll
       for (int r = 0; r < n; ++r) {
 #pragma unroll
         for (int c = 0; c < n; ++c) {
-          const C t = from_z[r] * from_slope[c] - from_shift[c];
+          const C t = (Scaled ? from_z[r] * from_slope[c] : from_z[r]) - from_shift[c];
           sums[r][c] += t * t;
         }
       }
@@ -151,9 +153,10 @@ __device__ __forceinline__ void score_tile(const T* z, int64_t rows, const Compo
                                            ScoreSlices<C>& slices, C (&scores)[per_thread<C>][per_thread<C>]) {
   constexpr int n = per_thread<C>;
   const int x = threadIdx.x % block_side, y = threadIdx.x / block_side;
-  square_tiles(MatrixRows<T>{z, first_row, rows, components.dim},
-               MatrixRows<C>{components.slope, first_component, components.count, components.dim},
-               MatrixRows<C>{components.shift, first_component, components.count, components.dim}, slices, scores);
+  square_tiles<true>(MatrixRows<T>{z, first_row, rows, components.dim},
+                     MatrixRows<C>{components.slope, first_component, components.count, components.dim},
+                     MatrixRows<C>{components.shift, first_component, components.count, components.dim}, slices,
+                     scores);
 #pragma unroll
   for (int r = 0; r < n; ++r) {
     const int64_t row = first_row + place<C>(y, r);

@@ -119,20 +119,22 @@ struct Components {
 
 // ---- scores --------------------------------------------------------------------------------------------------------
 
-// sums[r][j] = Σ_d (tile[d][r] · slope[d][j] - shift[d][j])²
-template <class C, int Rows>
+// sums[r][j] = Σ_d (tile[d][r] · slope[d][j] - shift[d][j])²; no slopes: they are all 1.
+template <class C, int Rows, bool Scaled = true>
 ISTHMUS_NOINLINE void square_tile(const C* tile, const C* slope, const C* shift, int64_t depth, C* sums) {
   constexpr int64_t width = panel_width<C>;
   Vec<C> acc[Rows][2] = {};
-  for (int64_t d = 0; d < depth; ++d, tile += tile_rows, slope += width, shift += width) {
-    const Vec<C> slope0 = load(slope), slope1 = load(slope + lanes<C>);
+  for (int64_t d = 0; d < depth; ++d, tile += tile_rows, shift += width) {
+    const Vec<C> slope0 = Scaled ? load(slope) : Vec<C>{}, slope1 = Scaled ? load(slope + lanes<C>) : Vec<C>{};
     const Vec<C> shift0 = load(shift), shift1 = load(shift + lanes<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const Vec<C> t0 = tile[r] * slope0 - shift0, t1 = tile[r] * slope1 - shift1;
+      const Vec<C> t0 = (Scaled ? tile[r] * slope0 : splat(tile[r])) - shift0;
+      const Vec<C> t1 = (Scaled ? tile[r] * slope1 : splat(tile[r])) - shift1;
       acc[r][0] += t0 * t0;
       acc[r][1] += t1 * t1;
     }
+    if constexpr (Scaled) slope += width;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -269,11 +271,11 @@ struct RowChunks {
   int64_t first(int64_t index) const { return index < count ? index * rows_per_chunk : rows; }
 };
 
-// Calls body() with each block of the rows [begin, end) loaded.
+// Calls body() with each block of the rows [begin, end) of a matrix loaded.
 template <class T, class Body>
-inline void for_each_block(const GaussianPairs& pairs, RowBlock<T>& block, int64_t begin, int64_t end, Body&& body) {
+inline void for_each_block(const void* matrix, RowBlock<T>& block, int64_t begin, int64_t end, Body&& body) {
   for (int64_t row = begin; row < end; row += block.max_rows) {
-    block.load(pairs.z, row, end - row < block.max_rows ? end - row : block.max_rows);
+    block.load(matrix, row, end - row < block.max_rows ? end - row : block.max_rows);
     body();
   }
 }

@@ -74,11 +74,45 @@ struct AggregateBackward {
   void* workspace;
 };
 
+// k(x, y) = Σ_h exp(-u) ("rbf") or Σ_h 1 / (1 + u) ("imq"), u = factor_h |x - y|².
+enum class DistanceKernel : int { rbf, imq };
+
+struct KernelSum {
+  static constexpr int max_count = 32;
+  DistanceKernel kernel;
+  int count;
+  double factors[max_count];  // 1 / (2 h²)
+};
+
+// The squared distance of the mean embeddings of two samples,
+//     2 (weight_x Σ_{i<j} k(x_i, x_j) + weight_y Σ_{i<j} k(y_i, y_j) - weight_xy Σ_ij k(x_i, y_j)) + diagonal
+struct Discrepancy {
+  DType dtype;
+  KernelSum kernel;
+  double weight_x, weight_y, weight_xy;
+  double diagonal;  // what the pairs i = j within a sample contribute
+  int64_t x_rows, y_rows, dim;
+  const void* x;  // [x_rows, dim]
+  const void* y;  // [y_rows, dim]
+  void* value;    // one number in the accumulate type
+  void* workspace;
+};
+
+struct DiscrepancyBackward {
+  Discrepancy of;
+  const void* grad;  // one number in the accumulate type
+  void* grad_x;      // [x_rows, dim], or null
+  void* grad_y;      // [y_rows, dim], or null
+  void* workspace;
+};
+
 struct PairwiseKernels {
   void (*mixture)(const Mixture&);
   void (*mixture_backward)(const MixtureBackward&);
   void (*aggregate)(const Aggregate&);
   void (*aggregate_backward)(const AggregateBackward&);
+  void (*discrepancy)(const Discrepancy&);
+  void (*discrepancy_backward)(const DiscrepancyBackward&);
 };
 
 ISTHMUS_DECLARE_KERNELS(PairwiseKernels, pairwise)
@@ -90,10 +124,14 @@ int64_t pairwise_workspace(const Mixture&);
 int64_t pairwise_workspace(const MixtureBackward&);
 int64_t pairwise_workspace(const Aggregate&);
 int64_t pairwise_workspace(const AggregateBackward&);
+int64_t pairwise_workspace(const Discrepancy&);
+int64_t pairwise_workspace(const DiscrepancyBackward&);
 void pairwise_mixture(const Mixture&, void* stream);
 void pairwise_mixture_backward(const MixtureBackward&, void* stream);
 void pairwise_aggregate(const Aggregate&, void* stream);
 void pairwise_aggregate_backward(const AggregateBackward&, void* stream);
+void pairwise_discrepancy(const Discrepancy&, void* stream);
+void pairwise_discrepancy_backward(const DiscrepancyBackward&, void* stream);
 }  // namespace cuda
 
 }  // namespace isthmus

@@ -40,7 +40,7 @@ void each_row(const GaussianPairs& pairs, const Components<Compute<T>>& componen
                [&](int64_t begin, int64_t end) {
                  RowBlock<T> block(pairs.dim);
                  Scores<T> scores{components, weights, {}};
-                 for_each_block(pairs, block, chunks.first(begin), chunks.first(end),
+                 for_each_block(pairs.z, block, chunks.first(begin), chunks.first(end),
                                 [&] { sum_over_components(block, scores, out); });
                });
 }
@@ -74,7 +74,7 @@ void each_component(const GaussianPairs& pairs, const Components<Compute<T>>& co
                  for (int64_t chunk = begin; chunk < end; ++chunk) {
                    LogSum<C>* of_chunk = sums.data + chunk * vectors;
                    for (int64_t v = 0; v < vectors; ++v) of_chunk[v] = {};
-                   for_each_block(pairs, block, chunks.first(chunk), chunks.first(chunk + 1),
+                   for_each_block(pairs.z, block, chunks.first(chunk), chunks.first(chunk + 1),
                                   [&] { sum_over_rows(block, scores, of_chunk); });
                  }
                });
@@ -386,7 +386,7 @@ void for_each_block_of_chunks(const GaussianPairs& pairs, const ComponentGradien
                  BackwardWorker<T> worker(gradients.components, weights);
                  for (int64_t chunk = begin; chunk < end; ++chunk) {
                    const auto to_components = gradients.begin(chunk);
-                   for_each_block(pairs, worker.block, chunks.first(chunk), chunks.first(chunk + 1), [&] {
+                   for_each_block(pairs.z, worker.block, chunks.first(chunk), chunks.first(chunk + 1), [&] {
                      worker.to_rows.begin(worker.block);
                      add(worker, to_components);
                      if (grad_z != nullptr) worker.to_rows.write(worker.block, grad_z);

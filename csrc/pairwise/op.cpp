@@ -205,6 +205,90 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_log_prob_backward(const Tensor& gra
   return {grad_z, grad_mean, grad_scale};
 }
 
+// ---- maximum mean discrepancy --------------------------------------------------------------------------------------
+
+KernelSum parse_kernel(const std::string& name, const std::vector<double>& bandwidths) {
+  KernelSum sum{};
+  if (name != "rbf" && name != "imq") fail("kernel is '", name, "'; expected 'rbf' or 'imq'");
+  sum.kernel = name == "rbf" ? DistanceKernel::rbf : DistanceKernel::imq;
+  if (bandwidths.empty() || bandwidths.size() > KernelSum::max_count) {
+    fail("bandwidths has ", bandwidths.size(), " entries; expected 1 to ", KernelSum::max_count);
+  }
+  for (const double h : bandwidths) {
+    if (!(h > 0)) fail("bandwidths holds ", h, "; expected positive numbers");
+    sum.factors[sum.count++] = 1 / (2 * h * h);
+  }
+  return sum;
+}
+
+struct DiscrepancyInputs {
+  Tensor x, y;
+  Discrepancy args;
+
+  DiscrepancyInputs(const Tensor& x_, const Tensor& y_, const std::string& kernel,
+                    const std::vector<double>& bandwidths, const std::string& estimator)
+      : x(x_), y(y_) {
+    if (x.dim() != 2) fail("x has shape ", shape_of(x), "; expected [N, D]");
+    check_matrix(y, "y", -1, x.size(1), x, "x");
+    if (estimator != "unbiased" && estimator != "biased") {
+      fail("estimator is '", estimator, "'; expected 'unbiased' or 'biased'");
+    }
+    const bool unbiased = estimator == "unbiased";
+    check_rows(x, "x", unbiased);
+    check_rows(y, "y", unbiased);
+    x = as_contiguous(x);
+    y = as_contiguous(y);
+    const double n = static_cast<double>(x.size(0)), m = static_cast<double>(y.size(0));
+    args.dtype = dtype_of(x, "x");
+    args.kernel = parse_kernel(kernel, bandwidths);
+    args.weight_x = 1 / (n * (unbiased ? n - 1 : n));
+    args.weight_y = 1 / (m * (unbiased ? m - 1 : m));
+    args.weight_xy = 1 / (n * m);
+    args.diagonal = unbiased ? 0 : args.kernel.count * (1 / n + 1 / m);  // k(x, x) is the number of bandwidths
+    args.x_rows = x.size(0);
+    args.y_rows = y.size(0);
+    args.dim = x.size(1);
+    args.x = data(x);
+    args.y = data(y);
+    args.value = args.workspace = nullptr;
+  }
+
+  static void check_rows(const Tensor& t, const char* argument, bool unbiased) {
+    const int64_t least = unbiased ? 2 : 1;
+    if (t.size(0) >= least) return;
+    fail(argument, " has ", t.size(0), " rows; the ", unbiased ? "unbiased" : "biased", " estimator expects at least ",
+         least);
+  }
+};
+
+Tensor mmd(const Tensor& x, const Tensor& y, const std::string& kernel, const std::vector<double>& bandwidths,
+           const std::string& estimator) {
+  DiscrepancyInputs in(x, y, kernel, bandwidths, estimator);
+  const Tensor value = empty({}, accumulate_type(in.x), in.x);
+  in.args.value = mutable_data(value);
+  const Tensor workspace = allocate_workspace(in.args, in.x);
+  ISTHMUS_LAUNCH(in.x, pairwise, discrepancy, in.args);
+  return value;
+}
+
+std::tuple<Tensor, Tensor> mmd_backward(const Tensor& grad_, const Tensor& x, const Tensor& y,
+                                        const std::string& kernel, const std::vector<double>& bandwidths,
+                                        const std::string& estimator, bool need_x, bool need_y) {
+  const DiscrepancyInputs in(x, y, kernel, bandwidths, estimator);
+  check_accumulated(grad_, "grad", {}, in.x);
+  const Tensor grad = as_contiguous(grad_);
+  const Tensor grad_x = need_x ? empty(sizes_of(in.x), in.x.scalar_type(), in.x) : absent(in.x);
+  const Tensor grad_y = need_y ? empty(sizes_of(in.y), in.y.scalar_type(), in.y) : absent(in.y);
+  DiscrepancyBackward args{.of = in.args,
+                           .grad = data(grad),
+                           .grad_x = need_x ? mutable_data(grad_x) : nullptr,
+                           .grad_y = need_y ? mutable_data(grad_y) : nullptr,
+                           .workspace = nullptr};
+  const Tensor workspace = allocate_workspace(args, in.x);
+  ISTHMUS_LAUNCH(in.x, pairwise, discrepancy_backward, args);
+  return {grad_x, grad_y};
+}
+
 }  // namespace
 
 void register_pairwise(StableLibrary& m) {
@@ -212,6 +296,8 @@ void register_pairwise(StableLibrary& m) {
   m.impl("mixture_log_prob_backward", TORCH_BOX(&mixture_log_prob_backward));
   m.impl("aggregate_log_prob", TORCH_BOX(&aggregate_log_prob));
   m.impl("aggregate_log_prob_backward", TORCH_BOX(&aggregate_log_prob_backward));
+  m.impl("mmd", TORCH_BOX(&mmd));
+  m.impl("mmd_backward", TORCH_BOX(&mmd_backward));
 }
 
 }  // namespace isthmus

@@ -156,6 +156,54 @@ void test_aggregate(const Problem& p) {
   });
 }
 
+void test_discrepancy(DType dtype, DistanceKernel kernel, int64_t x_rows, int64_t y_rows, int64_t dim) {
+  const DType accumulate = accumulate_dtype(dtype);
+  Random random(11);
+  const Array x = random.normal(dtype, x_rows * dim), y = random.normal(dtype, y_rows * dim);
+  const Array grad(accumulate, std::vector<double>{0.75});
+  const KernelSum sum{kernel, 2, {0.1, 0.7}};
+  const Discrepancy of{dtype, sum, 0.5, 0.25, 0.125, 0.375, x_rows, y_rows, dim, x.data(), y.data(), nullptr, nullptr};
+  const auto compute = [&] {
+    Array value(accumulate, 1), grad_x(dtype, x_rows * dim), grad_y(dtype, y_rows * dim);
+    Discrepancy args = of;
+    args.value = value.data();
+    pairwise_kernels().discrepancy(args);
+    pairwise_kernels().discrepancy_backward({of, grad.data(), grad_x.data(), grad_y.data(), nullptr});
+    return std::tuple(value, grad_x, grad_y);
+  };
+  long double want = of.diagonal;
+  std::vector<long double> to_x(static_cast<size_t>(x_rows * dim)), to_y(static_cast<size_t>(y_rows * dim));
+  // Every pair of rows of a and b counts `weight`; its gradient goes to both of its points.
+  const auto add = [&](const Array& a, const Array& b, int64_t i, int64_t j, double weight, auto& to_a, auto& to_b) {
+    long double square = 0;
+    for (int64_t d = 0; d < dim; ++d) square += std::pow(a[i * dim + d] - b[j * dim + d], 2);
+    long double slope = 0;
+    for (int h = 0; h < sum.count; ++h) {
+      const long double u = sum.factors[h] * square;
+      want += weight * (kernel == DistanceKernel::rbf ? std::exp(-u) : 1 / (1 + u));
+      slope -= sum.factors[h] * (kernel == DistanceKernel::rbf ? std::exp(-u) : 1 / ((1 + u) * (1 + u)));
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+      const long double pull = grad[0] * weight * slope * 2 * (a[i * dim + d] - b[j * dim + d]);
+      to_a[static_cast<size_t>(i * dim + d)] += pull;
+      to_b[static_cast<size_t>(j * dim + d)] -= pull;
+    }
+  };
+  for (int64_t i = 0; i < x_rows; ++i) {
+    for (int64_t j = i + 1; j < x_rows; ++j) add(x, x, i, j, 2 * of.weight_x, to_x, to_x);
+    for (int64_t j = 0; j < y_rows; ++j) add(x, y, i, j, -2 * of.weight_xy, to_x, to_y);
+  }
+  for (int64_t i = 0; i < y_rows; ++i) {
+    for (int64_t j = i + 1; j < y_rows; ++j) add(y, y, i, j, 2 * of.weight_y, to_y, to_y);
+  }
+  on_every_level(compute, [&](const auto& outputs) {
+    const auto& [value, grad_x, grad_y] = outputs;
+    check_all("discrepancy", value, {want});
+    check_all("grad x", grad_x, to_x);
+    check_all("grad y", grad_y, to_y);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -169,6 +217,12 @@ int main() {
       for (auto [rows, dim] : {std::pair(2, 1), std::pair(57, 18)}) {
         test_aggregate(Problem(dtype, type, rows, rows, dim));
       }
+    }
+  }
+  for (DType dtype : all_dtypes) {
+    for (DistanceKernel kernel : {DistanceKernel::rbf, DistanceKernel::imq}) {
+      test_discrepancy(dtype, kernel, 2, 1, 1);
+      test_discrepancy(dtype, kernel, 61, 37, 18);
     }
   }
   return failed_checks > 0;

@@ -40,6 +40,10 @@ def posteriors(batch: int, dim: int) -> Callable[[], Tensors]:
     return lambda: {"x": randn(batch, dim), "mean": randn(batch, dim), "scale": positive(batch, dim)}
 
 
+def two_samples(first: int, second: int, dim: int) -> Callable[[], Tensors]:
+    return lambda: {"first": randn(first, dim), "second": randn(second, dim) + 0.5}
+
+
 def pairwise_cases() -> list[Case]:
     batch, inputs, weighted = ("x", "centers", "widths"), ("z", "centers", "widths"), ("log_weight",)
     density, expected = positional(ops.mixture_log_prob), plain(reference.mixture_log_prob)
@@ -63,4 +67,14 @@ def pairwise_cases() -> list[Case]:
              {"dataset_size": 50, "estimator": estimator, "scale_type": s})
         for estimator, s in [("weighted", "logvar"), ("stratified", "std"), ("stratified", "softplus")]
     ]  # fmt: skip
+    distance, expected_distance = positional(ops.mmd), plain(reference.mmd)
+    cases += [
+        Case(f"mmd-{kernel}-{estimator}", distance, two_samples(13, 9, 5), expected_distance, ("first", "second"),
+             options={"kernel": kernel, "estimator": estimator})
+        for kernel in ("rbf", "imq") for estimator in ("unbiased", "biased")
+    ]  # fmt: skip
+    cases.append(
+        Case("mmd-one-bandwidth", distance, two_samples(35, 40, 1), expected_distance, ("first", "second"),
+             options={"bandwidths": (0.7,)})
+    )  # fmt: skip
     return cases

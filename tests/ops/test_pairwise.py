@@ -295,6 +295,86 @@ def test_aggregate_of_far_points_and_nan(isa):
     assert grad[others].isfinite().all() and grad[3].isfinite().all()
 
 
+# ---- maximum mean discrepancy ----------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize(("first", "second", "dim"), [(2, 2, 1), (5, 33, 3), (13, 12, 17), (131, 70, 5), (40, 300, 64)])
+@pytest.mark.parametrize("kernel", ("rbf", "imq"))
+def test_mmd_of_every_shape(first, second, dim, kernel, dtype, isa):
+    leaves = [torch.randn(n, dim).to(dtype).requires_grad_() for n in (first, second)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    for estimator in ("unbiased", "biased"):
+        found = ops.mmd(*leaves, kernel=kernel, estimator=estimator)
+        expected = reference.mmd(*wide, kernel=kernel, estimator=estimator)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_near(found.detach(), expected.detach(), factor=4)
+        grads = torch.autograd.grad(found, leaves)
+        for g, e in zip(grads, torch.autograd.grad(expected, wide), strict=True):
+            assert_near(g, e)
+
+
+@pytest.mark.parametrize("kernel", ("rbf", "imq"))
+def test_mmd_is_zero_in_expectation_for_equal_laws_and_positive_otherwise(kernel):
+    def estimates(shift):
+        pairs = ((torch.randn(50, 3), torch.randn(40, 3) + shift) for _ in range(200))
+        return torch.stack([ops.mmd(x, y, kernel=kernel) for x, y in pairs]).double()
+
+    equal, apart = estimates(0.0), estimates(1.0)
+    error = equal.std() / math.sqrt(len(equal))
+    assert equal.mean().abs() < 4 * error and (equal < 0).any()
+    assert (apart > 0).all() and apart.mean() > 100 * error
+
+
+@pytest.mark.parametrize("kernel", ("rbf", "imq"))
+def test_a_sample_is_at_no_distance_from_itself(kernel, isa):
+    x = 100 * torch.randn(70, 9)
+    assert ops.mmd(x, x, kernel=kernel, estimator="biased").abs() < 1e-5
+    together = x[:1].expand(40, 9)
+    assert ops.mmd(together, together, kernel=kernel).abs() < 1e-14
+    to_x, to_y = torch.autograd.grad(ops.mmd(*(leaves := [together.clone().requires_grad_() for _ in "xy"])), leaves)
+    assert not to_x.any() and not to_y.any()
+
+
+def test_mmd_of_far_points():
+    """No pair is near: only a point's likeness to itself is left."""
+    x, y = 1e6 * torch.arange(1.0, 6).unsqueeze(1), -1e6 * torch.arange(1.0, 5).unsqueeze(1)
+    assert ops.mmd(x, y, bandwidths=[1.0]).item() == 0
+    assert ops.mmd(x, y, bandwidths=[1.0], estimator="biased").item() == pytest.approx(1 / 5 + 1 / 4, rel=1e-6)
+
+
+def test_mmd_closed_form():
+    """Of two normal laws and one Gaussian kernel, in the limit of many points."""
+    dim, shift, h = 2, 1.5, 1.0
+    x, y = torch.randn(6000, dim), torch.randn(6000, dim) + shift / math.sqrt(dim)
+    spread = h**2 + 2
+    within = (h**2 / spread) ** (dim / 2)
+    expected = 2 * within * (1 - math.exp(-(shift**2) / (2 * spread)))
+    assert ops.mmd(x, y, bandwidths=[h]).item() == pytest.approx(expected, abs=0.01)
+
+
+def test_mmd_does_not_depend_on_threads():
+    leaves = [torch.randn(n, 7).requires_grad_() for n in (700, 500)]
+
+    def everything():
+        value = ops.mmd(*leaves)
+        return value, *torch.autograd.grad(value, leaves)
+
+    torch.set_num_threads(1)
+    expected = everything()
+    for threads in (2, 7):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, everything(), expected))
+
+
+def test_mmd_returns_only_wanted_gradients():
+    x, y = torch.randn(20, 3), torch.randn(30, 3)
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    to_x, to_y = torch.autograd.grad(ops.mmd(*leaves), leaves)
+    assert torch.equal(torch.autograd.grad(ops.mmd(leaves[0], y), leaves[0])[0], to_x)
+    assert torch.equal(torch.autograd.grad(ops.mmd(x, leaves[1]), leaves[1])[0], to_y)
+
+
 # ---- memory, errors --------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +409,13 @@ def test_aggregate_memory_stays_linear():
     """The terms of this call would take 128 MB."""
     leaves = [t.requires_grad_() for t in draw(2000, 2000, 8)]
     assert extra_memory(lambda: torch.autograd.grad(sum(ops.aggregate_log_prob(*leaves, 10_000)).sum(), leaves)) < 10e6
+
+
+@resettable
+def test_mmd_memory_stays_linear():
+    """The distances of this call would take 96 MB."""
+    leaves = [torch.randn(n, 4).requires_grad_() for n in (6000, 4000)]
+    assert extra_memory(lambda: torch.autograd.grad(ops.mmd(*leaves, bandwidths=[1.0]), leaves)) < 10e6
 
 
 Z, MEAN = torch.zeros(4, 3), torch.zeros(5, 3)
@@ -367,6 +454,16 @@ Z, MEAN = torch.zeros(4, 3), torch.zeros(5, 3)
             RuntimeError,
             r"grad is Float\[4, 3\]; expected what the forward pass returned",
         ),
+        (lambda: ops.mmd(Z, MEAN, kernel="laplace"), ValueError, "kernel is 'laplace'; expected one of 'rbf', 'imq'"),
+        (lambda: ops.mmd(Z, MEAN, estimator="linear"), ValueError, "estimator is 'linear'; expected"),
+        (lambda: ops.mmd(Z[0], MEAN), ValueError, r"x has shape \[3\]; expected \[N, D\]"),
+        (lambda: ops.mmd(Z, MEAN[:, :2]), RuntimeError, r"y has shape \[5, 2\]; expected \[\*, 3\]"),
+        (lambda: ops.mmd(Z[:1], MEAN), RuntimeError, "x has 1 rows; the unbiased estimator expects at least 2"),
+        (lambda: ops.mmd(Z, MEAN[:1]), RuntimeError, "y has 1 rows; the unbiased estimator expects at least 2"),
+        (lambda: ops.mmd(Z, MEAN[:0], estimator="biased"), RuntimeError, "y has 0 rows; the biased estimator"),
+        (lambda: ops.mmd(Z, MEAN, bandwidths=[]), RuntimeError, "bandwidths has 0 entries; expected 1 to 32"),
+        (lambda: ops.mmd(Z, MEAN, bandwidths=[1, 0]), RuntimeError, "bandwidths holds 0; expected positive"),
+        (lambda: ops.mmd(Z, MEAN.double()), RuntimeError, "y has dtype Double; expected Float, like x"),
     ],
 )  # fmt: skip
 def test_bad_arguments(call, error, message):

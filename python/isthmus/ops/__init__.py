@@ -6,7 +6,7 @@ from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.ops.divergence import gaussian_kl, log_mean_exp
 from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl, gaussian_sample_log_prob
 from isthmus.ops.likelihood import discretized_logistic_mixture_nll, gaussian_nll
-from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob
+from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
 from isthmus.ops.sparse import sparse_decode, topk_encode
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "gumbel_softmax_kl",
     "log_mean_exp",
     "mixture_log_prob",
+    "mmd",
     "sparse_decode",
     "topk_encode",
     "vq_assign",

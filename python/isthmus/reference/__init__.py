@@ -16,7 +16,7 @@ from isthmus.reference.gaussian import (
     gaussian_sample_log_prob,
 )
 from isthmus.reference.likelihood import discretized_logistic_mixture_nll, gaussian_nll
-from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob
+from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "gumbel_softmax_kl",
     "log_mean_exp",
     "mixture_log_prob",
+    "mmd",
     "sparse_decode",
     "topk_encode",
     "vq_assign",

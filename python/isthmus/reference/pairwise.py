@@ -1,13 +1,14 @@
 """Terms over all pairs of two sets of vectors, by broadcasting: memory of the size of the pairs."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from isthmus.reference._numeric import log_standard_deviation, widen
 
-__all__ = ["aggregate_log_prob", "component_log_prob", "mixture_log_prob"]
+__all__ = ["aggregate_log_prob", "component_log_prob", "mixture_log_prob", "mmd"]
 
 
 def mixture_log_prob(
@@ -105,6 +106,59 @@ def aggregate_log_weights(batch: int, dataset_size: int, estimator: str) -> Tens
     weights[rows, rows] = 1 / n
     weights[rows, (rows + 1) % max(batch, 1)] = (n - m) / (n * m)
     return weights.log()
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidths: Sequence[float] | None = None,
+    estimator: str = "unbiased",
+) -> Tensor:
+    """Squared maximum mean discrepancy of two samples, for a sum of kernels of the distance.
+
+    With u = |x - y|^2 / (2 h^2) a kernel is exp(-u) ("rbf") or 1 / (1 + u) ("imq").
+
+    Args:
+        x: shape [N, D].
+        y: shape [M, D].
+        kernel: "rbf" or "imq".
+        bandwidths: every h; ``None`` for ``default_bandwidths(D)``.
+        estimator: "unbiased" leaves the pairs of a point with itself out, "biased" does not.
+
+    Returns:
+        A scalar; float32 for half inputs.
+
+    Example:
+        >>> mmd(torch.zeros(2, 1), torch.ones(2, 1), bandwidths=[0.1])
+        tensor(2.)
+    """
+    bandwidths = default_bandwidths(x.shape[1]) if bandwidths is None else bandwidths
+    x, y = widen(x), widen(y)
+
+    def kernels(a: Tensor, b: Tensor) -> Tensor:
+        squares = (a.unsqueeze(1) - b).square().sum(-1)
+        scaled = [squares / (2 * h * h) for h in bandwidths]
+        if kernel == "rbf":
+            return sum((torch.exp(-u) for u in scaled), torch.zeros_like(squares))
+        if kernel == "imq":
+            return sum((1 / (1 + u) for u in scaled), torch.zeros_like(squares))
+        raise ValueError(f"kernel is {kernel!r}; expected 'rbf' or 'imq'")
+
+    def within(a: Tensor) -> Tensor:
+        if estimator == "biased":
+            return kernels(a, a).mean()
+        if estimator == "unbiased":
+            return (kernels(a, a).sum() - len(a) * len(bandwidths)) / (len(a) * (len(a) - 1))
+        raise ValueError(f"estimator is {estimator!r}; expected 'unbiased' or 'biased'")
+
+    return within(x) + within(y) - 2 * kernels(x, y).mean()
+
+
+def default_bandwidths(dim: int) -> list[float]:
+    """h^2 = D times 0.1, 0.2, 0.5, 1, 2, 5 and 10: multiples of the scale of a standard normal in D dimensions."""
+    return [math.sqrt(dim * multiple) for multiple in (0.1, 0.2, 0.5, 1, 2, 5, 10)]
 
 
 def _log_density(z: Tensor, mean: Tensor, scale: Tensor, scale_type: str) -> Tensor:
