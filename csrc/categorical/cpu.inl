@@ -98,12 +98,17 @@ class Sampler {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 template <class T>
-void write_one_hot(const Compute<T>* x, int64_t cols, T* y) {
+void write_one_hots(const Group& group, const Compute<T>* x, T* y) {
   using C = Compute<T>;
-  const int64_t winner = first_max(x, cols);
-  const Vec<C> others = splat(winner < 0 ? static_cast<C>(not_a_number) : C(0));
-  for_vectors<C>(cols, [&](int64_t c, int64_t left) { store_first(y + c, others, left); });
-  if (winner >= 0) store_one(y + winner, C(1));
+  const auto fill = [](C value, T* to, int64_t count) {
+    for_vectors<C>(count, [&](int64_t j, int64_t left) { store_first(to + j, splat(value), left); });
+  };
+  fill(C(0), y, group.count());
+  for (int64_t r = 0; r < group.rows; ++r) {
+    T* row = y + r * group.cols;
+    const int64_t winner = first_max(x + r * group.cols, group.cols);
+    winner < 0 ? fill(static_cast<C>(not_a_number), row, group.cols) : store_one(row + winner, C(1));
+  }
 }
 
 void gumbel_softmax(const GumbelSoftmax& args) {
@@ -118,7 +123,7 @@ void gumbel_softmax(const GumbelSoftmax& args) {
         T* y = static_cast<T*>(args.y) + group.first();
         const C* x = sampler.perturb(group);
         if (args.hard) {
-          for (int64_t r = 0; r < group.rows; ++r) write_one_hot(x + r * group.cols, group.cols, y + r * group.cols);
+          write_one_hots(group, x, y);
         } else {
           sampler.softmax(group, [&](int64_t j, int64_t left, Vec<C> value) { store_first(y + j, value, left); });
         }

@@ -132,9 +132,20 @@ void subtract_max(const Group& group, C* x, C* row_values, C* table) {
 // The first column of the largest entry, or -1 where softmax is NaN: for a NaN, a plus infinity, or nothing finite.
 template <class C>
 int64_t first_max(const C* x, int64_t cols) {
+  int64_t found = -1;
+  if (cols < lanes<C>) {
+    C top = -__builtin_inf();
+    bool spoilt = false;
+    for (int64_t c = 0; c < cols; ++c) {
+      const bool larger = x[c] > top;
+      top = larger ? x[c] : top;
+      found = larger ? c : found;
+      spoilt |= !(x[c] < C(__builtin_inf()));
+    }
+    return spoilt ? -1 : found;
+  }
   const C top = row_max(x, cols);
   if (!(top - top == 0)) return -1;
-  int64_t found = -1;
   for (int64_t c = 0; c < cols; c += lanes<C>) {
     const Vec<C> v = load_first(x + c, cols - c);
     if (any(v != v)) return -1;

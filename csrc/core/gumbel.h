@@ -27,7 +27,7 @@ inline double gumbel(uint32_t a, uint32_t b) {
 
 // Values [first, first + count) of the key.
 inline void fill_gumbel(const Key& key, int64_t first, int64_t count, float* out) {
-  const auto to_gumbel = [](const u32v (&word)[4], f32v (&n)[4]) __attribute__((always_inline)) {
+  const auto to_gumbel = [](const u32v(&word)[4], f32v(&n)[4]) __attribute__((always_inline)) {
     for (int i = 0; i < 4; ++i) n[i] = gumbel(word[i]);
   };
   fill_stream(key, first, count, to_gumbel, out);
