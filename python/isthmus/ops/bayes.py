@@ -6,8 +6,10 @@ from torch import Generator, Tensor
 from isthmus import reference
 from isthmus.ops._arguments import check_choice, key_for
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -76,7 +78,7 @@ def bayes_linear(
     check_choice("estimator", estimator, ("weight", "local"))
     key = key_for(x, key, generator)
     tensors = _autocast(x, weight_mean, weight_scale, bias_mean, bias_scale)
-    return _ops.bayes_linear(*tensors, key, scale_type, estimator)
+    return _bayes_linear(*tensors, key, scale_type, estimator)
 
 
 def _autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -111,6 +113,8 @@ def _(grad, x, weight_mean, weight_scale, bias_scale, key, scale_type, estimator
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_bayes_linear_backward = eager("bayes_linear_backward")
+
 
 def _setup(ctx, inputs, output):
     x, weight_mean, weight_scale, bias_mean, bias_scale, key, *ctx.options = inputs
@@ -120,13 +124,13 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     *tensors, key = ctx.saved_tensors
-    *grads, grad_bias_mean, grad_bias_scale = _ops.bayes_linear_backward(grad, *tensors, key, *ctx.options)
+    *grads, grad_bias_mean, grad_bias_scale = _bayes_linear_backward(grad, *tensors, key, *ctx.options)
     grad_bias_mean = none_if_absent(grad_bias_mean, ctx.has_bias)
     grad_bias_scale = none_if_absent(grad_bias_scale, tensors[-1] is not None)
     return *grads, grad_bias_mean, grad_bias_scale, None, None, None
 
 
-torch.library.register_autograd("isthmus::bayes_linear", _backward, setup_context=_setup)
+_bayes_linear = register_gradient("bayes_linear", _backward, _setup)
 
 
 def _gradients(grad, x, weight_mean, weight_scale, bias_scale, key, scale_type, estimator):

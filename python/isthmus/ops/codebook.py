@@ -6,8 +6,10 @@ from torch import Tensor
 from isthmus import reference
 from isthmus.ops._arguments import check_choice
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -92,7 +94,7 @@ def vq_quantize(
     """
     check_choice("metric", metric, ("euclidean",))
     check_choice("gradient", gradient, ("straight_through",))
-    return _ops.vq_quantize(x, codebook, commitment_weight)
+    return _vq_quantize(x, codebook, commitment_weight)
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
                 [0.],
                 [5.]]))
     """
-    return _ops.code_statistics(x, indices, num_codes)
+    return _code_statistics(x, indices, num_codes)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -154,6 +156,8 @@ def _(x, indices, num_codes):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_vq_quantize_backward = eager("vq_quantize_backward")
+
 
 def _quantize_setup(ctx, inputs, output):
     x, codebook, ctx.commitment_weight = inputs
@@ -162,7 +166,7 @@ def _quantize_setup(ctx, inputs, output):
 
 def _quantize_backward(ctx, grad_quantized, _, grad_error):
     x, codebook, indices = ctx.saved_tensors
-    grads = _ops.vq_quantize_backward(grad_quantized, grad_error, x, codebook, indices, ctx.commitment_weight)
+    grads = _vq_quantize_backward(grad_quantized, grad_error, x, codebook, indices, ctx.commitment_weight)
     return *grads, None
 
 
@@ -182,8 +186,8 @@ def _quantize_gradients(grad_quantized, grad_error, x, codebook, indices, commit
     return gradient_of(quantize, (x, codebook), (grad_quantized, grad_error))
 
 
-torch.library.register_autograd("isthmus::vq_quantize", _quantize_backward, setup_context=_quantize_setup)
-torch.library.register_autograd("isthmus::code_statistics", _statistics_backward, setup_context=_statistics_setup)
+_vq_quantize = register_gradient("vq_quantize", _quantize_backward, _quantize_setup)
+_code_statistics = register_gradient("code_statistics", _statistics_backward, _statistics_setup)
 register_second_order("vq_quantize_backward", _quantize_gradients)
 
 for _name in ("vq_assign", "vq_quantize"):

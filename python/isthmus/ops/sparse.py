@@ -8,9 +8,11 @@ from torch import Tensor
 from isthmus import reference
 from isthmus.ops._arguments import check_choice
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -57,8 +59,8 @@ def topk_encode(
     """
     check_choice("activation", activation, ("relu", "identity"))
     if x.dim() == 2:
-        return _ops.topk_encode(x, weight, bias, k, activation)
-    values, indices = _ops.topk_encode(_as_rows("x", x), weight, bias, k, activation)
+        return _topk_encode(x, weight, bias, k, activation)
+    values, indices = _topk_encode(_as_rows("x", x), weight, bias, k, activation)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
 
@@ -94,8 +96,8 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
     if values.shape != indices.shape:
         raise ValueError(f"indices has shape {list(indices.shape)}; expected {list(values.shape)}, like values")
     if values.dim() == 2:
-        return _ops.sparse_decode(values, indices, weight, bias)
-    out = _ops.sparse_decode(_as_rows("values", values), _as_rows("indices", indices), weight, bias)
+        return _sparse_decode(values, indices, weight, bias)
+    out = _sparse_decode(_as_rows("values", values), _as_rows("indices", indices), weight, bias)
     return out.reshape(*values.shape[:-1], weight.shape[-1])
 
 
@@ -133,6 +135,9 @@ def _(grad, values, indices, weight):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_sparse_decode_backward = eager("sparse_decode_backward")
+_topk_encode_backward = eager("topk_encode_backward")
+
 
 def _encode_setup(ctx, inputs, output):
     x, weight, bias, _, activation = inputs
@@ -143,7 +148,7 @@ def _encode_setup(ctx, inputs, output):
 
 
 def _encode_backward(ctx, grad, _):
-    grads = _ops.topk_encode_backward(grad, *ctx.saved_tensors, ctx.activation)
+    grads = _topk_encode_backward(grad, *ctx.saved_tensors, ctx.activation)
     return grads[0], grads[1], none_if_absent(grads[2], ctx.has_bias), None, None
 
 
@@ -154,12 +159,12 @@ def _decode_setup(ctx, inputs, output):
 
 
 def _decode_backward(ctx, grad):
-    grad_values, grad_weight, grad_bias = _ops.sparse_decode_backward(grad, *ctx.saved_tensors)
+    grad_values, grad_weight, grad_bias = _sparse_decode_backward(grad, *ctx.saved_tensors)
     return grad_values, None, grad_weight, none_if_absent(grad_bias, ctx.has_bias)
 
 
-torch.library.register_autograd("isthmus::topk_encode", _encode_backward, setup_context=_encode_setup)
-torch.library.register_autograd("isthmus::sparse_decode", _decode_backward, setup_context=_decode_setup)
+_topk_encode = register_gradient("topk_encode", _encode_backward, _encode_setup)
+_sparse_decode = register_gradient("sparse_decode", _decode_backward, _decode_setup)
 
 
 def _encode_gradients(grad, x, weight, values, indices, activation):
