@@ -1,6 +1,7 @@
 """Importance-weighted bounds on a linear-Gaussian model, whose likelihood is known."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +297,26 @@ def test_bad_arguments_are_named(model):
         objectives.importance_weighted_log_likelihood(
             lambda z: model.log_likelihood(z).sum(-1), *model.posterior(), num_samples=8
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_evaluation_takes_the_memory_of_one_chunk():
+    """A chunk of 64 samples is 4 MB; 4096 samples at once would be 268 MB."""
+
+    def peak_memory() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+    mean, logvar = torch.zeros(256, 64), torch.zeros(256, 64)
+
+    def log_likelihood(z: torch.Tensor) -> torch.Tensor:
+        return -z.square().sum(-1)
+
+    def evaluate(num_samples: int) -> None:
+        objectives.importance_weighted_log_likelihood(log_likelihood, mean, logvar, num_samples=num_samples)
+
+    evaluate(64)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    evaluate(4096)
+    assert peak_memory() - before < 16e6
