@@ -6,8 +6,8 @@
 // small: its negative terms add up to no more than one. So it is taken where it exceeds 1/4, row by row.
 //
 // An error in the normalisers shifts all d alike, which the last sum feels only squared. Next to the prior d itself
-// must be exact: with x and y the logits less their maxima, log(Σ e^x / Σ e^y) is then log1p(Σ e^y expm1(x - y) / Σ
-// e^y).
+// must be exact: with x and y the logits less their maxima, log(Σ e^x / Σ e^y) is then
+// log1p(Σ e^y expm1(x - y) / Σ e^y).
 //
 // Gradients are q (d - KL) and p - q = -p expm1(d).
 #pragma once

@@ -1,8 +1,8 @@
 // Rows in working memory: what the categorical kernels do with whole rows, narrow ones many at a time.
 //
-// A group is one wide row, or as many narrow ones as fill a tile of 1024 elements. Elementwise steps run over the group
-// as if it were one row, at full vector width; only sums and maxima look at single rows, in L1. A value of each row
-// meets the elements again through a table in which it stands once for every column.
+// A group is one wide row, or as many narrow ones as fit into a tile (core/tiles.h). Elementwise steps run over the
+// group as if it were one row, at full vector width; only sums and maxima look at single rows, in L1. A value of each
+// row meets the elements again through a table in which it stands once for every column.
 #pragma once
 
 #include "core/buffer.h"

@@ -9,9 +9,11 @@ from torch import Generator, Tensor
 from isthmus import reference
 from isthmus.ops._arguments import broadcast, check_choice, key_for
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -80,7 +82,7 @@ def gumbel_softmax(
         >>> gumbel_softmax(torch.zeros(2, 3), hard=True, key=isthmus.key(0)).sum(-1)
         tensor([1., 1.])
     """
-    return _ops.gumbel_softmax(logits, key_for(logits, key, generator), temperature, hard)
+    return _gumbel_softmax(logits, key_for(logits, key, generator), temperature, hard)
 
 
 def categorical_kl(logits: Tensor, prior_logits: Tensor | None = None, *, reduction: str = "row") -> Tensor:
@@ -112,7 +114,7 @@ def categorical_kl(logits: Tensor, prior_logits: Tensor | None = None, *, reduct
         tensor([0.0000, 0.6931])
     """
     check_choice("reduction", reduction, ("row", "sum", "mean"))
-    return _reduce(_ops.categorical_kl(*broadcast(logits=logits, prior_logits=prior_logits)), reduction)
+    return _reduce(_categorical_kl(*broadcast(logits=logits, prior_logits=prior_logits)), reduction)
 
 
 def gumbel_softmax_kl(
@@ -151,12 +153,14 @@ def gumbel_softmax_kl(
     """
     check_choice("reduction", reduction, ("row", "sum", "mean"))
     logits, prior_logits = broadcast(logits=logits, prior_logits=prior_logits)
-    y, kl = _ops.gumbel_softmax_kl(logits, prior_logits, key_for(logits, key, generator), temperature, hard)
+    y, kl = _gumbel_softmax_kl(logits, prior_logits, key_for(logits, key, generator), temperature, hard)
     return y, _reduce(kl, reduction)
 
 
 def _reduce(kl: Tensor, reduction: str) -> Tensor:
-    return {"row": lambda: kl, "sum": kl.sum, "mean": kl.mean}[reduction]()
+    if reduction == "row":
+        return kl
+    return kl.sum() if reduction == "sum" else kl.mean()
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -220,6 +224,11 @@ def _(grad, logits, prior_logits, prior_gradient):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_gumbel_softmax_backward = eager("gumbel_softmax_backward")
+_gumbel_softmax_hard_backward = eager("gumbel_softmax_hard_backward")
+_gumbel_softmax_kl_backward = eager("gumbel_softmax_kl_backward")
+_categorical_kl_backward = eager("categorical_kl_backward")
+
 
 def _softmax_setup(ctx, inputs, output):
     logits, key, ctx.temperature, ctx.hard = inputs
@@ -227,7 +236,7 @@ def _softmax_setup(ctx, inputs, output):
 
 
 def _softmax_backward(ctx, grad):
-    backward = _ops.gumbel_softmax_hard_backward if ctx.hard else _ops.gumbel_softmax_backward
+    backward = _gumbel_softmax_hard_backward if ctx.hard else _gumbel_softmax_backward
     return backward(grad, *ctx.saved_tensors, ctx.temperature), None, None, None
 
 
@@ -239,7 +248,7 @@ def _softmax_kl_setup(ctx, inputs, output):
 def _softmax_kl_backward(ctx, grad_y, grad_kl):
     to_prior = ctx.needs_input_grad[1]
     arguments = grad_y, grad_kl, *ctx.saved_tensors, ctx.temperature, to_prior
-    grad_logits, grad_prior = _ops.gumbel_softmax_kl_backward(*arguments)
+    grad_logits, grad_prior = _gumbel_softmax_kl_backward(*arguments)
     return grad_logits, none_if_absent(grad_prior, to_prior), None, None, None
 
 
@@ -249,13 +258,13 @@ def _kl_setup(ctx, inputs, output):
 
 def _kl_backward(ctx, grad):
     to_prior = ctx.needs_input_grad[1]
-    grad_logits, grad_prior = _ops.categorical_kl_backward(grad, *ctx.saved_tensors, to_prior)
+    grad_logits, grad_prior = _categorical_kl_backward(grad, *ctx.saved_tensors, to_prior)
     return grad_logits, none_if_absent(grad_prior, to_prior)
 
 
-torch.library.register_autograd("isthmus::gumbel_softmax", _softmax_backward, setup_context=_softmax_setup)
-torch.library.register_autograd("isthmus::gumbel_softmax_kl", _softmax_kl_backward, setup_context=_softmax_kl_setup)
-torch.library.register_autograd("isthmus::categorical_kl", _kl_backward, setup_context=_kl_setup)
+_gumbel_softmax = register_gradient("gumbel_softmax", _softmax_backward, _softmax_setup)
+_gumbel_softmax_kl = register_gradient("gumbel_softmax_kl", _softmax_kl_backward, _softmax_kl_setup)
+_categorical_kl = register_gradient("categorical_kl", _kl_backward, _kl_setup)
 
 
 def _noise_of(logits: Tensor, key: Tensor) -> Tensor:
