@@ -62,10 +62,9 @@ def clamp_options(clamp: tuple[float, float] | None, clamp_mode: str) -> tuple[s
     check_choice("clamp_mode", clamp_mode, CLAMP_MODES)
     if clamp is None:
         return "none", 0.0, 0.0
-    low, high = clamp
-    if not low < high:
+    if not isinstance(clamp, tuple) or len(clamp) != 2 or not clamp[0] < clamp[1]:
         raise ValueError(f"clamp is {clamp}; expected (low, high) with low < high")
-    return clamp_mode, float(low), float(high)
+    return clamp_mode, float(clamp[0]), float(clamp[1])
 
 
 def divergence_options(
@@ -90,6 +89,8 @@ def finish_divergence(
     """What is left to do on the reduced divergence, which is small."""
     if mask is not None and reduction in ("mean", "dim"):
         kl = kl * (mask.numel() / mask.sum())  # the op averages over all rows, the mask keeps some
+    if free_bits < 0:
+        raise ValueError(f"free_bits is {free_bits}; expected a floor of at least 0")
     if free_bits > 0:
         kl = kl.clamp(min=free_bits)
     if capacity is not None:
