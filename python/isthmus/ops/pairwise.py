@@ -8,9 +8,11 @@ from torch import Tensor
 from isthmus import reference
 from isthmus.ops._arguments import check_choice
 from isthmus.ops._register import (
+    eager,
     gradient_of,
     none_if_absent,
     register_autocast,
+    register_gradient,
     register_second_order,
     register_vmap_by_loop,
 )
@@ -59,7 +61,7 @@ def mixture_log_prob(
         tensor([-1.4189e+00, -4.9021e+03])
     """
     check_choice("scale_type", scale_type, _SCALE_TYPES)
-    return _ops.mixture_log_prob(z, mean, scale, log_weight, scale_type, "components")[0]
+    return _mixture_log_prob(z, mean, scale, log_weight, scale_type, "components")[0]
 
 
 def component_log_prob(
@@ -94,7 +96,7 @@ def component_log_prob(
     check_choice("scale_type", scale_type, _SCALE_TYPES)
     if z.dim() != 2:
         raise ValueError(f"z has shape {list(z.shape)}; expected [B, D]")
-    return _ops.mixture_log_prob(z, mean, scale, log_weight, scale_type, "rows")[0]
+    return _mixture_log_prob(z, mean, scale, log_weight, scale_type, "rows")[0]
 
 
 def aggregate_log_prob(
@@ -151,7 +153,7 @@ def aggregate_log_prob(
     """
     check_choice("scale_type", scale_type, _SCALE_TYPES)
     check_choice("estimator", estimator, ("weighted", "stratified"))
-    log_joint, log_marginal, _ = _ops.aggregate_log_prob(z, mean, scale, dataset_size, estimator, scale_type)
+    log_joint, log_marginal, _ = _aggregate_log_prob(z, mean, scale, dataset_size, estimator, scale_type)
     return log_joint, log_marginal.sum(-1)
 
 
@@ -202,7 +204,7 @@ def mmd(
     if x.dim() != 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected [N, D]")
     widths = default_bandwidths(x.shape[1]) if bandwidths is None else [float(h) for h in bandwidths]
-    return _ops.mmd(x, y, kernel, widths, estimator)
+    return _mmd(x, y, kernel, widths, estimator)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -252,6 +254,10 @@ def _(grad, x, y, kernel, bandwidths, estimator, need_x, need_y):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
+_aggregate_log_prob_backward = eager("aggregate_log_prob_backward")
+_mixture_log_prob_backward = eager("mixture_log_prob_backward")
+_mmd_backward = eager("mmd_backward")
+
 
 def _mixture_setup(ctx, inputs, output):
     *tensors, scale_type, over = inputs
@@ -264,7 +270,7 @@ def _mixture_setup(ctx, inputs, output):
 def _mixture_backward(ctx, grad, _):
     need_z, need_mean, need_scale, need_log_weight = ctx.needs_input_grad[:4]
     needs = need_z, need_mean or need_scale, need_log_weight
-    grads = _ops.mixture_log_prob_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _mixture_log_prob_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return *(none_if_absent(g, n) for g, n in zip(grads, ctx.needs_input_grad[:4], strict=True)), None, None
 
 
@@ -294,7 +300,7 @@ def _aggregate_setup(ctx, inputs, output):
 
 def _aggregate_backward(ctx, grad_joint, grad_marginal, _):
     need_z, need_mean, need_scale = ctx.needs_input_grad[:3]
-    grads = _ops.aggregate_log_prob_backward(
+    grads = _aggregate_log_prob_backward(
         grad_joint, grad_marginal, *ctx.saved_tensors, *ctx.options, need_z, need_mean or need_scale
     )
     needs = need_z, need_mean, need_scale
@@ -315,9 +321,9 @@ def _mmd_setup(ctx, inputs, output):
     ctx.save_for_backward(x, y)
 
 
-def _mmd_backward(ctx, grad):
+def _discrepancy_backward(ctx, grad):
     needs = ctx.needs_input_grad[:2]
-    grads = _ops.mmd_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _mmd_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return *(none_if_absent(g, n) for g, n in zip(grads, needs, strict=True)), None, None, None
 
 
@@ -328,9 +334,9 @@ def _mmd_gradients(grad, x, y, kernel, bandwidths, estimator, *needs):
     return [g if n else None for g, n in zip(gradient_of(discrepancy, (x, y), grad), needs, strict=True)]
 
 
-torch.library.register_autograd("isthmus::mixture_log_prob", _mixture_backward, setup_context=_mixture_setup)
-torch.library.register_autograd("isthmus::aggregate_log_prob", _aggregate_backward, setup_context=_aggregate_setup)
-torch.library.register_autograd("isthmus::mmd", _mmd_backward, setup_context=_mmd_setup)
+_mixture_log_prob = register_gradient("mixture_log_prob", _mixture_backward, _mixture_setup)
+_aggregate_log_prob = register_gradient("aggregate_log_prob", _aggregate_backward, _aggregate_setup)
+_mmd = register_gradient("mmd", _discrepancy_backward, _mmd_setup)
 register_second_order("mmd_backward", _mmd_gradients)
 register_second_order("mixture_log_prob_backward", _mixture_gradients)
 register_second_order("aggregate_log_prob_backward", _aggregate_gradients)
