@@ -20,6 +20,7 @@ void gaussian_kl(const GaussianKl& args) {
       Tile<C> kl;
       for (int64_t item = begin; item < end; ++item) {
         for_each_piece(tiles, item, [&](const Piece& piece) {
+          reader.prefetch(piece.first + piece.count());
           elements(reader.read(piece.first, piece.count()), piece.count(), kl.values);
           clear_masked(args.posterior, piece.first, piece.count(), kl.values);
           sums.add(piece, kl.values);
@@ -63,6 +64,8 @@ void gaussian_kl_backward(const GaussianKlBackward& args) {
       for (int64_t item = begin; item < end; ++item) {
         for_each_piece(tiles, item, [&](const Piece& piece) {
           const int64_t count = piece.count();
+          reader.prefetch(piece.first + count);
+          writer.prefetch(piece.first + count);
           const GaussianPiece<C> x = reader.read(piece.first, count);
           spread(args.reduction, piece, static_cast<const C*>(args.grad), to_kl.values);
           writer.begin(piece.first, count);
