@@ -70,33 +70,5 @@ inline void for_each_piece(const RowTiles& tiles, int64_t index, F&& f) {
   }
 }
 
-// Where the row sums of a kernel go: straight to `sums` when an item holds whole rows, else through partial sums
-// [rows, chunks_per_row] that finish() adds in chunk order. sums may be null: nothing to sum.
-template <class C>
-struct RowSums {
-  const RowTiles& tiles;
-  C* sums;
-  C* partial;
-
-  RowSums(const RowTiles& tiles_, void* sums_) : tiles(tiles_), sums(static_cast<C*>(sums_)), partial(sums) {
-    if (sums != nullptr && tiles.chunks_per_row > 1) partial = new C[tiles.rows * tiles.chunks_per_row];
-  }
-  ~RowSums() {
-    if (partial != sums) delete[] partial;
-  }
-  RowSums(const RowSums&) = delete;
-  RowSums& operator=(const RowSums&) = delete;
-
-  void finish() const {
-    if (partial == sums) return;
-    for (int64_t row = 0; row < tiles.rows; ++row) {
-      sums[row] = 0;
-      for (int64_t chunk = 0; chunk < tiles.chunks_per_row; ++chunk) {
-        sums[row] += partial[row * tiles.chunks_per_row + chunk];
-      }
-    }
-  }
-};
-
 }  // namespace
 }  // namespace isthmus

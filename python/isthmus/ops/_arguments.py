@@ -36,3 +36,8 @@ def broadcast(**tensors: Tensor | None) -> tuple[Any, ...]:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def accumulate_dtype(t: Tensor) -> torch.dtype:
+    """What sums over ``t`` are made and returned in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

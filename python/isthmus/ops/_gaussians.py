@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isthmus.ops._arguments import broadcast, check_choice
@@ -107,10 +106,6 @@ def divergence_shape(shape: Any, reduction: str, groups: int) -> list[Any]:
         "batch": shape[:1],
         "dim": shape[-1:],
     }.get(reduction, [])
-
-
-def accumulate_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def gradient_shapes(mean: Tensor, scale: Tensor | None, prior_mean: Tensor | None, prior_gradient: bool) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import broadcast, check_choice, key_for
+from isthmus.ops._arguments import accumulate_dtype, broadcast, check_choice, key_for
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -166,12 +166,8 @@ def _reduce(kl: Tensor, reduction: str) -> Tensor:
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _accumulate_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def _row_values(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=_accumulate_dtype(logits))
+    return logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits))
 
 
 def _like(logits: Tensor) -> Tensor:
@@ -268,11 +264,11 @@ _categorical_kl = register_gradient("categorical_kl", _kl_backward, _kl_setup)
 
 
 def _noise_of(logits: Tensor, key: Tensor) -> Tensor:
-    return _ops.gumbel_noise(key, logits.shape, _accumulate_dtype(logits))
+    return _ops.gumbel_noise(key, logits.shape, accumulate_dtype(logits))
 
 
 def _softmax_gradients(grad, y, temperature):
-    grad_wide, y_wide = (t.to(_accumulate_dtype(t)) for t in (grad, y))
+    grad_wide, y_wide = (t.to(accumulate_dtype(t)) for t in (grad, y))
     centred = grad_wide - (grad_wide * y_wide).sum(-1, keepdim=True)
     return [(y_wide * centred / temperature).to(y.dtype)]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import check_choice
+from isthmus.ops._arguments import accumulate_dtype, check_choice
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -128,10 +128,6 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("isthmus::vq_assign")
 def _(x, codebook):
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
@@ -140,7 +136,7 @@ def _(x, codebook):
 @torch.library.register_fake("isthmus::vq_quantize")
 def _(x, codebook, commitment_weight):
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
-    return x.new_empty(x.shape), indices, x.new_empty(x.shape[:-1], dtype=_accumulate_dtype(x))
+    return x.new_empty(x.shape), indices, x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))
 
 
 @torch.library.register_fake("isthmus::vq_quantize_backward")
@@ -150,7 +146,7 @@ def _(grad_quantized, grad_error, x, codebook, indices, commitment_weight):
 
 @torch.library.register_fake("isthmus::code_statistics")
 def _(x, indices, num_codes):
-    dtype = _accumulate_dtype(x)
+    dtype = accumulate_dtype(x)
     return x.new_empty(num_codes, dtype=dtype), x.new_empty((num_codes, x.shape[-1]), dtype=dtype)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from isthmus import reference
+from isthmus.ops._arguments import accumulate_dtype
 from isthmus.ops._gaussians import (
-    accumulate_dtype,
     clamp_options,
     divergence_options,
     divergence_shape,

@@ -7,9 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import check_choice, key_for
+from isthmus.ops._arguments import accumulate_dtype, check_choice, key_for
 from isthmus.ops._gaussians import (
-    accumulate_dtype,
     clamp_options,
     divergence_options,
     divergence_shape,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import check_choice
+from isthmus.ops._arguments import accumulate_dtype, check_choice
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -210,10 +210,6 @@ def mmd(
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _like(t: Tensor | None, z: Tensor, wanted: bool) -> Tensor:
     return z.new_empty(t.shape if t is not None and wanted else (0,))
 
@@ -221,7 +217,7 @@ def _like(t: Tensor | None, z: Tensor, wanted: bool) -> Tensor:
 @torch.library.register_fake("isthmus::mixture_log_prob")
 def _(z, mean, scale, log_weight, scale_type, over):
     shape = z.shape[:-1] if over == "components" else mean.shape[:1]
-    return tuple(z.new_empty(s, dtype=_accumulate_dtype(z)) for s in (shape, (2, *shape)))
+    return tuple(z.new_empty(s, dtype=accumulate_dtype(z)) for s in (shape, (2, *shape)))
 
 
 @torch.library.register_fake("isthmus::mixture_log_prob_backward")
@@ -233,7 +229,7 @@ def _(grad, normalizer, z, mean, scale, log_weight, scale_type, over, need_z, ne
 @torch.library.register_fake("isthmus::aggregate_log_prob")
 def _(z, mean, scale, dataset_size, estimator, scale_type):
     shapes = z.shape[:1], z.shape, (2, *z.shape[:1])
-    return tuple(z.new_empty(s, dtype=_accumulate_dtype(z)) for s in shapes)
+    return tuple(z.new_empty(s, dtype=accumulate_dtype(z)) for s in shapes)
 
 
 @torch.library.register_fake("isthmus::aggregate_log_prob_backward")
@@ -244,7 +240,7 @@ def _(grad_joint, grad_marginal, log_marginal, normalizer, z, mean, scale, *opti
 
 @torch.library.register_fake("isthmus::mmd")
 def _(x, y, kernel, bandwidths, estimator):
-    return x.new_empty((), dtype=_accumulate_dtype(x))
+    return x.new_empty((), dtype=accumulate_dtype(x))
 
 
 @torch.library.register_fake("isthmus::mmd_backward")
