@@ -41,6 +41,10 @@ void define_schemas(StableLibrary& m) {
   // likelihood
   m.def("gaussian_nll(Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction) -> Tensor");
   m.def("gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor? weight, str scale_type, float beta, str reduction, bool need_x, bool need_mean, bool need_scale) -> (Tensor, Tensor, Tensor)");
+  m.def("discretized_gaussian_nll(Tensor x, Tensor mean, Tensor scale, float bin_width, float low, float high, str scale_type, str reduction) -> Tensor");
+  m.def("discretized_gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, float bin_width, float low, float high, str scale_type, str reduction, bool need_x, bool need_mean, bool need_scale) -> (Tensor, Tensor, Tensor)");
+  m.def("generalized_gaussian_nll(Tensor x, Tensor mean, Tensor scale, Tensor shape, str reduction) -> Tensor");
+  m.def("generalized_gaussian_nll_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shape, str reduction, bool need_x, bool need_mean, bool need_scale, bool need_shape) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("discretized_logistic_mixture_nll(Tensor x, Tensor parameters, int num_mixtures, int bins, float min_log_scale, str reduction) -> Tensor");
   m.def("discretized_logistic_mixture_nll_backward(Tensor grad, Tensor x, Tensor parameters, int num_mixtures, int bins, float min_log_scale, str reduction, bool need_x, bool need_parameters) -> (Tensor, Tensor)");
 

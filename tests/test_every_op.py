@@ -127,7 +127,7 @@ def test_strides_do_not_matter(case, device):
         assert_identical(a, e)
 
 
-BATCHED = ("mean", "scale", "prior_mean", "prior_scale", "mask", "x", "parameters", "values", "indices")
+BATCHED = ("mean", "scale", "prior_mean", "prior_scale", "mask", "shape", "x", "parameters", "values", "indices")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "key" not in c.options and "shape" not in c.options], ids=str)

@@ -1,6 +1,7 @@
 // core/normal.h for one element on the device: the same forms, CUDA's own exp, log and expm1.
 #pragma once
 
+#include "core/gaussians.h"
 #include "core/scale_type.h"
 
 namespace isthmus::cuda {
@@ -77,39 +78,53 @@ __device__ __forceinline__ C inverse_std(C scale) {
   return C(1) / std_of<S>(scale);
 }
 
-template <ScaleType S, class C>
-__device__ __forceinline__ C kl_to_standard(C mean, C scale) {
-  const C log_std = log_std_of<S>(scale), remainder = expm1mx(log_std), e = log_std + remainder;
-  return C(0.5) * (mean * mean + e * e) + remainder;
-}
-
-template <ScaleType S, class C>
-__device__ __forceinline__ C kl_to_prior(C mean, C scale, C prior_mean, C prior_scale) {
-  const C q = (mean - prior_mean) * inverse_std<S>(prior_scale);
-  const C d = log_std_of<S>(scale) - log_std_of<S>(prior_scale);
-  const C remainder = expm1mx(d), e = d + remainder;
-  return C(0.5) * (q * q + e * e) + remainder;
-}
-
+// A posterior and its prior, as their tensors give them.
 template <class C>
-struct KlGradient {
+struct Parameters {
   C mean, scale, prior_mean, prior_scale;
 };
 
-template <ScaleType S, class C>
-__device__ __forceinline__ KlGradient<C> kl_to_standard_gradient(C mean, C scale) {
-  const C e = expm1(log_std_of<S>(scale));
-  return {mean, e * (e + C(2)) * log_std_slope<S>(scale), C(0), C(0)};
+template <ScaleType S, Prior P, class C>
+__device__ __forceinline__ C posterior_std(const Parameters<C>& x) {
+  if constexpr (P == Prior::residual) return std_of<S>(x.scale) * std_of<S>(x.prior_scale);
+  return std_of<S>(x.scale);
 }
 
-template <ScaleType S, class C>
-__device__ __forceinline__ KlGradient<C> kl_to_prior_gradient(C mean, C scale, C prior_mean, C prior_scale) {
-  const C inverse = inverse_std<S>(prior_scale);
-  const C q = (mean - prior_mean) * inverse;
-  const C e = expm1(log_std_of<S>(scale) - log_std_of<S>(prior_scale));
-  const C excess = e * (e + C(2));
-  return {q * inverse, excess * log_std_slope<S>(scale), -q * inverse,
-          -(q * q + excess) * log_std_slope<S>(prior_scale)};
+// The posterior's mean, seen from the prior's.
+template <Prior P, class C>
+__device__ __forceinline__ C offset(const Parameters<C>& x) {
+  if constexpr (P == Prior::given) return x.mean - x.prior_mean;
+  return x.mean;
+}
+
+// Its log-scale, seen from the prior's.
+template <ScaleType S, Prior P, class C>
+__device__ __forceinline__ C log_ratio(const Parameters<C>& x) {
+  if constexpr (P == Prior::given) return log_std_of<S>(x.scale) - log_std_of<S>(x.prior_scale);
+  return log_std_of<S>(x.scale);
+}
+
+template <ScaleType S, Prior P, class C>
+__device__ __forceinline__ C kl_of(const Parameters<C>& x) {
+  C q = offset<P>(x);
+  if constexpr (P != Prior::standard) q *= inverse_std<S>(x.prior_scale);
+  const C d = log_ratio<S, P>(x), remainder = expm1mx(d), e = d + remainder;
+  return C(0.5) * (q * q + e * e) + remainder;
+}
+
+// Slopes of the divergence.
+template <ScaleType S, Prior P, class C>
+__device__ __forceinline__ Parameters<C> kl_slopes(const Parameters<C>& x) {
+  const C e = expm1(log_ratio<S, P>(x)), excess = e * (e + C(2));  // (s / s_prior)² - 1
+  const C to_scale = excess * log_std_slope<S>(x.scale);
+  if constexpr (P == Prior::standard) {
+    return {x.mean, to_scale, C(0), C(0)};
+  } else {
+    const C inverse = inverse_std<S>(x.prior_scale), q = offset<P>(x) * inverse;
+    const C to_prior_log_std = P == Prior::residual ? -q * q : -(q * q + excess);
+    return {q * inverse, to_scale, P == Prior::residual ? C(0) : -q * inverse,
+            to_prior_log_std * log_std_slope<S>(x.prior_scale)};
+  }
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // the mixture of logistics (mixture.cuh, logistic.h).
 
 // First the functions that the formulas use.
+#include <cmath>
+
 #include "core/normal.cuh"
 
 #include "likelihood/densities.h"
@@ -24,6 +26,13 @@ Gaussian<Compute<T>, S, false> gaussian(const Args& args) {
   return {static_cast<Compute<T>>(args.beta)};
 }
 
+template <class T, ScaleType S, class Args>
+DiscretizedGaussian<Compute<T>, S, false> discretized_gaussian(const Args& args) {
+  using C = Compute<T>;
+  return {static_cast<C>(0.5 * args.bin_width), static_cast<C>(std::log(args.bin_width)), static_cast<C>(args.low),
+          static_cast<C>(args.high)};
+}
+
 }  // namespace
 
 int64_t nll_workspace(int64_t rows, int64_t cols) {
@@ -43,6 +52,30 @@ void likelihood_gaussian_nll(const GaussianNll<Nll>& args, void* stream) {
 void likelihood_gaussian_nll_backward(const GaussianNll<NllBackward>& args, void* stream) {
   dispatch_scaled(args, [&]<class T, ScaleType S>() {
     write_nll_gradients<T>("gaussian_nll_backward", args, gaussian<T, S>(args), stream);
+  });
+}
+
+void likelihood_discretized_gaussian_nll(const DiscretizedGaussianNll<Nll>& args, void* stream) {
+  dispatch_scaled(args, [&]<class T, ScaleType S>() {
+    sum_nll<T>("discretized_gaussian_nll", args, discretized_gaussian<T, S>(args), stream);
+  });
+}
+
+void likelihood_discretized_gaussian_nll_backward(const DiscretizedGaussianNll<NllBackward>& args, void* stream) {
+  dispatch_scaled(args, [&]<class T, ScaleType S>() {
+    write_nll_gradients<T>("discretized_gaussian_nll_backward", args, discretized_gaussian<T, S>(args), stream);
+  });
+}
+
+void likelihood_generalized_gaussian_nll(const GeneralizedGaussianNll<Nll>& args, void* stream) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    sum_nll<T>("generalized_gaussian_nll", args, GeneralizedGaussian<Compute<T>, false>{}, stream);
+  });
+}
+
+void likelihood_generalized_gaussian_nll_backward(const GeneralizedGaussianNll<NllBackward>& args, void* stream) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    write_nll_gradients<T>("generalized_gaussian_nll_backward", args, GeneralizedGaussian<Compute<T>, false>{}, stream);
   });
 }
 

@@ -47,6 +47,18 @@ struct GaussianNll : Direction {
   double beta;
 };
 
+// The bin of width bin_width around x under N(mean, s²). The arguments are x, mean, scale. From low down and from high
+// up a bin is open; infinite bounds leave all closed.
+template <class Direction>
+struct DiscretizedGaussianNll : Direction {
+  ScaleType scale_type;
+  double bin_width, low, high;
+};
+
+// The generalised Gaussian. The arguments are x, mean, scale and shape, both positive.
+template <class Direction>
+struct GeneralizedGaussianNll : Direction {};
+
 // The mixture of discretized logistics of PixelCNN++: values are bins of [-1, 1], the first and the last one open.
 //
 // Planes of the parameters: `mixtures` logits; then for each channel as many means and log-scales and, of three
@@ -76,6 +88,10 @@ constexpr int64_t mixture_planes(int64_t channels) { return 1 + 2 * channels + c
 struct LikelihoodKernels {
   void (*gaussian_nll)(const GaussianNll<Nll>&);
   void (*gaussian_nll_backward)(const GaussianNll<NllBackward>&);
+  void (*discretized_gaussian_nll)(const DiscretizedGaussianNll<Nll>&);
+  void (*discretized_gaussian_nll_backward)(const DiscretizedGaussianNll<NllBackward>&);
+  void (*generalized_gaussian_nll)(const GeneralizedGaussianNll<Nll>&);
+  void (*generalized_gaussian_nll_backward)(const GeneralizedGaussianNll<NllBackward>&);
   void (*discretized_logistic_mixture_nll)(const LogisticMixture&);
   void (*discretized_logistic_mixture_nll_backward)(const LogisticMixtureBackward&);
 };
@@ -90,6 +106,10 @@ int64_t nll_backward_workspace(int64_t rows, int64_t cols);
 int64_t logistic_mixture_workspace(int64_t images, int64_t pixels);
 void likelihood_gaussian_nll(const GaussianNll<Nll>&, void* stream);
 void likelihood_gaussian_nll_backward(const GaussianNll<NllBackward>&, void* stream);
+void likelihood_discretized_gaussian_nll(const DiscretizedGaussianNll<Nll>&, void* stream);
+void likelihood_discretized_gaussian_nll_backward(const DiscretizedGaussianNll<NllBackward>&, void* stream);
+void likelihood_generalized_gaussian_nll(const GeneralizedGaussianNll<Nll>&, void* stream);
+void likelihood_generalized_gaussian_nll_backward(const GeneralizedGaussianNll<NllBackward>&, void* stream);
 void likelihood_discretized_logistic_mixture_nll(const LogisticMixture&, void* stream);
 void likelihood_discretized_logistic_mixture_nll_backward(const LogisticMixtureBackward&, void* stream);
 }  // namespace cuda

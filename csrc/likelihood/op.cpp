@@ -130,6 +130,115 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_nll_backward(const Tensor& grad_, co
   return {grad_x, grad_mean, grad_scale};
 }
 
+// ---- discretized_gaussian_nll --------------------------------------------------------------------------------------
+
+struct Bins {
+  double width, low, high;
+
+  Bins(double width_, double low_, double high_) : width(width_), low(low_), high(high_) {
+    if (!(width > 0)) fail("bin_width is ", width, "; expected a positive number");
+    if (!(low < high)) fail("low is ", low, " and high is ", high, "; expected low < high");
+  }
+};
+
+Tensor discretized_gaussian_nll(const Tensor& x, const Tensor& mean, const Tensor& scale, double bin_width, double low,
+                                double high, const std::string& scale_type, const std::string& reduction) {
+  const GaussianArguments in(x, mean, scale, std::nullopt);
+  const Bins bins(bin_width, low, high);
+  const NllShape shape(reduction, x);
+  const Tensor nll = empty(shape.sizes, accumulate_type(x), x);
+  const Tensor workspace = ISTHMUS_WORKSPACE(x, nll_workspace, shape.rows, shape.cols);
+  const DiscretizedGaussianNll<Nll> args{{dtype_of(x, "x"),
+                                          shape.rows,
+                                          shape.cols,
+                                          shape.weight,
+                                          {argument_x(in.x), in.mean.argument(), in.scale.argument()},
+                                          mutable_data(nll),
+                                          mutable_data(workspace)},
+                                         parse_scale_type(scale_type),
+                                         bins.width,
+                                         bins.low,
+                                         bins.high};
+  ISTHMUS_LAUNCH(x, likelihood, discretized_gaussian_nll, args);
+  return nll;
+}
+
+std::tuple<Tensor, Tensor, Tensor> discretized_gaussian_nll_backward(const Tensor& grad_, const Tensor& x,
+                                                                     const Tensor& mean, const Tensor& scale,
+                                                                     double bin_width, double low, double high,
+                                                                     const std::string& scale_type,
+                                                                     const std::string& reduction, bool need_x,
+                                                                     bool need_mean, bool need_scale) {
+  const GaussianArguments in(x, mean, scale, std::nullopt);
+  const Bins bins(bin_width, low, high);
+  const NllShape shape(reduction, x);
+  check_grad(grad_, shape.sizes, x);
+  const Tensor grad = as_contiguous(grad_);
+  const Tensor grad_x = gradient_like(in.x, need_x), grad_mean = gradient_like(in.mean.tensor, need_mean),
+               grad_scale = gradient_like(in.scale.tensor, need_scale);
+  const Tensor workspace = ISTHMUS_WORKSPACE(x, nll_backward_workspace, shape.rows, shape.cols);
+  const DiscretizedGaussianNll<NllBackward> args{
+      {dtype_of(x, "x"),
+       shape.rows,
+       shape.cols,
+       shape.weight,
+       data(grad),
+       {argument_x(in.x), in.mean.argument(), in.scale.argument()},
+       {wanted(need_x, grad_x), wanted(need_mean, grad_mean), wanted(need_scale, grad_scale)},
+       mutable_data(workspace)},
+      parse_scale_type(scale_type),
+      bins.width,
+      bins.low,
+      bins.high};
+  ISTHMUS_LAUNCH(x, likelihood, discretized_gaussian_nll_backward, args);
+  return {grad_x, grad_mean, grad_scale};
+}
+
+// ---- generalized_gaussian_nll --------------------------------------------------------------------------------------
+
+Tensor generalized_gaussian_nll(const Tensor& x_, const Tensor& mean_, const Tensor& scale_, const Tensor& shape_,
+                                const std::string& reduction) {
+  const Tensor x = as_contiguous(x_);
+  const DensityArgument mean(mean_, "mean", x), scale(scale_, "scale", x), shape(shape_, "shape", x);
+  const NllShape sums(reduction, x);
+  const Tensor nll = empty(sums.sizes, accumulate_type(x), x);
+  const Tensor workspace = ISTHMUS_WORKSPACE(x, nll_workspace, sums.rows, sums.cols);
+  const GeneralizedGaussianNll<Nll> args{{dtype_of(x, "x"),
+                                          sums.rows,
+                                          sums.cols,
+                                          sums.weight,
+                                          {argument_x(x), mean.argument(), scale.argument(), shape.argument()},
+                                          mutable_data(nll),
+                                          mutable_data(workspace)}};
+  ISTHMUS_LAUNCH(x, likelihood, generalized_gaussian_nll, args);
+  return nll;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> generalized_gaussian_nll_backward(
+    const Tensor& grad_, const Tensor& x_, const Tensor& mean_, const Tensor& scale_, const Tensor& shape_,
+    const std::string& reduction, bool need_x, bool need_mean, bool need_scale, bool need_shape) {
+  const Tensor x = as_contiguous(x_);
+  const DensityArgument mean(mean_, "mean", x), scale(scale_, "scale", x), shape(shape_, "shape", x);
+  const NllShape sums(reduction, x);
+  check_grad(grad_, sums.sizes, x);
+  const Tensor grad = as_contiguous(grad_);
+  const Tensor grad_x = gradient_like(x, need_x), grad_mean = gradient_like(mean.tensor, need_mean),
+               grad_scale = gradient_like(scale.tensor, need_scale),
+               grad_shape = gradient_like(shape.tensor, need_shape);
+  const Tensor workspace = ISTHMUS_WORKSPACE(x, nll_backward_workspace, sums.rows, sums.cols);
+  const GeneralizedGaussianNll<NllBackward> args{{dtype_of(x, "x"),
+                                                  sums.rows,
+                                                  sums.cols,
+                                                  sums.weight,
+                                                  data(grad),
+                                                  {argument_x(x), mean.argument(), scale.argument(), shape.argument()},
+                                                  {wanted(need_x, grad_x), wanted(need_mean, grad_mean),
+                                                   wanted(need_scale, grad_scale), wanted(need_shape, grad_shape)},
+                                                  mutable_data(workspace)}};
+  ISTHMUS_LAUNCH(x, likelihood, generalized_gaussian_nll_backward, args);
+  return {grad_x, grad_mean, grad_scale, grad_shape};
+}
+
 // ---- discretized_logistic_mixture_nll ------------------------------------------------------------------------------
 
 // Checks the arguments and describes the problem, but for its outputs.
@@ -188,7 +297,8 @@ std::tuple<Tensor, Tensor> discretized_logistic_mixture_nll_backward(const Tenso
                                                                      int64_t bins, double min_log_scale,
                                                                      const std::string& reduction, bool need_x,
                                                                      bool need_parameters) {
-  LogisticMixtureBackward args{logistic_mixture(x_, parameters_, num_mixtures, bins, min_log_scale, reduction)};
+  LogisticMixtureBackward args = {};
+  static_cast<LogisticMixture&>(args) = logistic_mixture(x_, parameters_, num_mixtures, bins, min_log_scale, reduction);
   check_grad(grad_, mixture_sizes(x_, reduction), x_);
   const Tensor x = as_contiguous(x_), parameters = as_contiguous(parameters_), grad = as_contiguous(grad_);
   const Tensor grad_x = gradient_like(x, need_x), grad_parameters = gradient_like(parameters, need_parameters);
@@ -206,6 +316,10 @@ std::tuple<Tensor, Tensor> discretized_logistic_mixture_nll_backward(const Tenso
 void register_likelihood(StableLibrary& m) {
   m.impl("gaussian_nll", TORCH_BOX(&gaussian_nll));
   m.impl("gaussian_nll_backward", TORCH_BOX(&gaussian_nll_backward));
+  m.impl("discretized_gaussian_nll", TORCH_BOX(&discretized_gaussian_nll));
+  m.impl("discretized_gaussian_nll_backward", TORCH_BOX(&discretized_gaussian_nll_backward));
+  m.impl("generalized_gaussian_nll", TORCH_BOX(&generalized_gaussian_nll));
+  m.impl("generalized_gaussian_nll_backward", TORCH_BOX(&generalized_gaussian_nll_backward));
   m.impl("discretized_logistic_mixture_nll", TORCH_BOX(&discretized_logistic_mixture_nll));
   m.impl("discretized_logistic_mixture_nll_backward", TORCH_BOX(&discretized_logistic_mixture_nll_backward));
 }

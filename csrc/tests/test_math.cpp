@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "core/math.h"
+#include "core/special.h"
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
@@ -164,6 +165,14 @@ void test_accuracy() {
   check_function("erf", 1.5, symmetric, [](f32v x) { return erf(x); }, [](double x) { return std::erf(x); });
   check_function("softplus", 2.0, symmetric, [](f32v x) { return softplus(x); }, softplus_reference);
   check_function("sigmoid", 2.5, symmetric, [](f32v x) { return sigmoid(x); }, sigmoid_reference);
+  // e^(x²) erfc(x), by its asymptotic series where the product would lose digits.
+  const auto erfcx_reference = [](double x) {
+    double sum = 1;
+    for (int n = 40; n > 0; --n) sum = 1 - (2 * n - 1) / (2 * x * x) * sum;
+    return x < 8 ? std::exp(x * x) * std::erfc(x) : sum / (x * std::sqrt(std::acos(-1.0)));
+  };
+  check_function("erfcx", 6.0, {0.0f, 1e30f}, [](f32v x) { return erfcx(x); }, erfcx_reference);
+  check_function("tanh", 3.0, symmetric, [](f32v x) { return tanh(x); }, [](double x) { return std::tanh(x); });
 }
 
 template <class F>
@@ -224,6 +233,9 @@ void test_special_values() {
   CHECK_VALUE(sigmoid, inf, 1.0f);
   CHECK_VALUE(sigmoid, -inf, 0.0f);
   CHECK_VALUE(sigmoid, nan, nan);
+  CHECK_VALUE(tanh, inf, 1.0f);
+  CHECK_VALUE(tanh, -inf, -1.0f);
+  CHECK_VALUE(tanh, nan, nan);
   for (float x : {inf, -inf, nan}) {
     f32v s, c;
     sincos(splat(x), s, c);

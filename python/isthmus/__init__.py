@@ -3,6 +3,7 @@
 isthmus.ops        the ops: functions of tensors, differentiable, compiled for CPU and CUDA
 isthmus.nn         bottleneck modules built on them
 isthmus.objectives bounds, divergences and distances to train them with
+isthmus.distributions torch.distributions with fused sampling, densities and divergences
 isthmus.diagnostics what a trained latent code is used for
 isthmus.models     autoencoders and Bayesian networks built on those
 isthmus.reference  the same ops in plain PyTorch: the specification
@@ -13,11 +14,23 @@ from typing import Any
 import torch
 
 import isthmus._load  # noqa: F401  isort: split
-from isthmus import _C, diagnostics, nn, objectives, ops
+from isthmus import _C, diagnostics, distributions, nn, objectives, ops
 from isthmus.random import fold_in, key, split
 
 __version__: str = _C.build_info()["version"]
-__all__ = ["build_info", "diagnostics", "fold_in", "get_isa", "key", "nn", "objectives", "ops", "set_isa", "split"]
+__all__ = [
+    "build_info",
+    "diagnostics",
+    "distributions",
+    "fold_in",
+    "get_isa",
+    "key",
+    "nn",
+    "objectives",
+    "ops",
+    "set_isa",
+    "split",
+]
 
 
 def build_info() -> dict[str, Any]:

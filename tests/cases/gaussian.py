@@ -165,7 +165,7 @@ def log_prob_cases() -> list[Case]:
              expect, POSTERIOR + (PRIOR if prior else ()), everything, {"scale_type": s})
         for s in SCALE_TYPES for prior in (False, True)
     ]  # fmt: skip
-    return cases + [
+    cases += [
         Case("log_prob-samples", log_prob, with_key(given), expect, four, everything, several),
         Case("log_prob-tempered-antithetic", log_prob, with_key(given), expect, four, everything,
              {"num_samples": 4, "antithetic": True, "temperature": 0.6}),
@@ -173,6 +173,7 @@ def log_prob_cases() -> list[Case]:
         Case("log_prob-packed", log_prob, with_key(packed(5, 6, dim=-1)), expect, ("mean",), everything, several),
         Case("log_prob-path", log_prob, with_key(given), expect, four, (0, 1), several | {"gradient": "path"}),
     ]  # fmt: skip
+    return cases
 
 
 def bound_cases() -> list[Case]:

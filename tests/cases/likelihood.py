@@ -39,6 +39,43 @@ def gaussian_nll_cases() -> list[Case]:
     return cases
 
 
+def discretized_gaussian_cases() -> list[Case]:
+    op, expect = ops.discretized_gaussian_nll, plain(reference.discretized_gaussian_nll)
+    wide, narrow = {"bin_width": 1.5, "low": -1.0, "high": 1.2}, {"bin_width": 0.05}
+    cases = [
+        Case(f"discretized-{s}", op, predictions(5, 19), expect, PREDICTION, options=wide | {"scale_type": s})
+        for s in ("logvar", "std", "softplus", "square")
+    ]
+    cases += [
+        Case(f"discretized-{r}", op, predictions(5, 19), expect, PREDICTION, options=narrow | {"reduction": r})
+        for r in ("none", "row", "sum", "mean")
+    ]
+    one = predictions(5, 19, scale=(1, 1))
+    return [*cases, Case("discretized-shared-scale", op, one, expect, PREDICTION, options=wide)]
+
+
+def generalized_gaussian_cases() -> list[Case]:
+    op, expect, four = ops.generalized_gaussian_nll, plain(reference.generalized_gaussian_nll), (*PREDICTION, "shape")
+
+    def make(scale: tuple[int, ...] = (5, 19), shape: tuple[int, ...] = (5, 19)) -> Callable[[], Tensors]:
+        def tensors() -> Tensors:
+            # Shapes from 1/2 to 5 and scales around 1; x keeps away from the mean, where the density has a kink.
+            return {
+                "x": (1 + torch.rand(5, 19, dtype=torch.float64)) * (2 * torch.randint(2, (5, 19)) - 1),
+                "mean": 0.3 * torch.rand(5, 19, dtype=torch.float64),
+                "scale": positive(*scale),
+                "shape": 0.5 + 4.5 * torch.rand(*shape, dtype=torch.float64),
+            }
+
+        return tensors
+
+    cases = [
+        Case(f"generalized-{r}", op, make(), expect, four, options={"reduction": r})
+        for r in ("none", "row", "sum", "mean")
+    ]
+    return [*cases, Case("generalized-shared", op, make((1, 1), (1, 1)), expect, four)]
+
+
 def image(channels: int, mixtures: int, height: int = 3, width: int = 7) -> Callable[[], Tensors]:
     """Pixels on the grid of 256 values, both ends among them, and the mixtures' parameters."""
 
@@ -63,4 +100,4 @@ def logistic_mixture_cases() -> list[Case]:
 
 
 def likelihood_cases() -> list[Case]:
-    return gaussian_nll_cases() + logistic_mixture_cases()
+    return gaussian_nll_cases() + discretized_gaussian_cases() + generalized_gaussian_cases() + logistic_mixture_cases()

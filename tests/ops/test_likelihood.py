@@ -1,7 +1,9 @@
 """What is particular to likelihoods; the rest is in tests/test_every_op.py."""
 
 import math
+from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
@@ -263,9 +265,93 @@ def test_mixture_keeps_nothing_of_the_size_of_its_parameters():
     assert max(event.cpu_memory_usage for event in profile.events()) < 1000
 
 
+# ---- discretized_gaussian_nll ----------------------------------------------------------------------------------------
+
+
+NODES, PANELS = list(zip(*(map(float, column) for column in np.polynomial.legendre.leggauss(24)), strict=True)), 16
+
+
+def exact_discretized(x, mean, std, width):
+    """-log of the bin's probability and its derivatives by x and log std, from 50-digit arithmetic."""
+    with localcontext() as context:
+        context.prec = 60
+        x, mean, std, width = map(Decimal, (x, mean, std, width))
+        a, b = (abs(x - mean) - width / 2) / std, (abs(x - mean) + width / 2) / std
+        density_a, density_b = ((-z * z / 2).exp() for z in (a, b))
+        # Gauss-Legendre on panels; the integrand e^-(z² - a²)/2 is smooth, and 1 at a.
+        step = (b - a) / PANELS
+        places = [(a + (i + Decimal(0.5 + 0.5 * t)) * step, w) for i in range(PANELS) for t, w in NODES]
+        integral = sum(Decimal(w) * ((a * a - z * z) / 2).exp() for z, w in places) * step / 2 * density_a
+        root = (2 * Decimal(math.pi)).sqrt()
+        sign = 1 if x > mean else -1
+        by_x = sign * (density_a - density_b) / integral / std
+        by_log_std = (b * density_b - a * density_a) / integral
+        return float(-(integral / root).ln()), float(by_x), float(by_log_std)
+
+
+# Standard deviations away, and bins in standard deviations: the middle, both tails, and next to every switch.
+DISTANCES = (0.0, 1e-3, 0.3, 0.49, 0.51, 1.0, 1.9, 2.1, 5.0, 12.0, 50.0, -3.0, -50.0)
+WIDTHS = (1e-6, 1e-3, 0.1, 0.9, 0.999, 1.001, 1.5, 4.0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 3e-6)], ids=str)
+def test_discretized_is_exact_everywhere(width, dtype, bound, isa):
+    x = torch.tensor(DISTANCES, dtype=dtype, requires_grad=True)
+    zero = torch.zeros(len(DISTANCES), dtype=dtype, requires_grad=True)
+    logvar = torch.zeros(len(DISTANCES), dtype=dtype, requires_grad=True)
+    functions = [ops.discretized_gaussian_nll]
+    if dtype == torch.float64:
+        functions.append(reference.discretized_gaussian_nll)
+    for function in functions:
+        nll = function(x, zero, logvar, bin_width=width, reduction="none")
+        by_x, by_mean, by_logvar = torch.autograd.grad(nll.sum(), (x, zero, logvar))
+        for i, distance in enumerate(x.tolist()):
+            value, slope, slope_log_std = exact_discretized(distance, 0, 1, width)
+            assert nll[i].item() == pytest.approx(value, rel=bound, abs=bound)
+            assert by_x[i].item() == pytest.approx(slope, rel=bound, abs=bound)
+            assert by_mean[i].item() == pytest.approx(-slope, rel=bound, abs=bound)
+            assert by_logvar[i].item() == pytest.approx(slope_log_std / 2, rel=bound, abs=bound)
+
+
+@pytest.mark.parametrize("scale_type", SCALE_TYPES)
+@pytest.mark.parametrize("width", (0.01, 0.5, 3.0))
+def test_discretized_probabilities_sum_to_one(scale_type, width, isa, device):
+    levels = torch.arange(-40, 41, dtype=torch.float64, device=device) * width
+    mean = torch.full_like(levels, 0.3)
+    scale = scale_of(torch.full_like(levels, 0.8), scale_type)
+    nll = ops.discretized_gaussian_nll(
+        levels, mean, scale, bin_width=width, low=-40 * width, high=40 * width, scale_type=scale_type, reduction="none"
+    )
+    torch.testing.assert_close(torch.exp(-nll).sum().cpu(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("distance", (-50.0, -9.0, -1.0, 0.0, 0.5, 4.0, 50.0))
+def test_discretized_open_bins_are_one_sided_tails(distance, isa):
+    x = torch.tensor([2.0, -2.0])
+    mean = (x - torch.tensor([distance, -distance])).requires_grad_()
+    nll = ops.discretized_gaussian_nll(x, mean, torch.zeros(2), bin_width=0.5, low=-2.0, high=2.0, reduction="none")
+    (grad,) = torch.autograd.grad(nll.sum(), mean)
+    edge = torch.tensor(distance - 0.25, dtype=torch.float64)
+    torch.testing.assert_close(nll.double(), -torch.special.log_ndtr(-edge).expand(2), rtol=1e-6, atol=1e-30)
+    hazard = math.sqrt(2 / math.pi) / torch.special.erfcx(edge / math.sqrt(2))
+    torch.testing.assert_close(grad.double(), torch.stack((-hazard, hazard)), rtol=3e-6, atol=1e-30)
+
+
+def test_discretized_many_sigmas_in_float32(isa, device):
+    """1e4 standard deviations: the value is finite, and so is every gradient."""
+    x = torch.tensor([1.0, -1.0], device=device, requires_grad=True)
+    mean, scale = (torch.full((2,), v, device=device, requires_grad=True) for v in (0.0, 1e-4))
+    nll = ops.discretized_gaussian_nll(x, mean, scale, bin_width=2 / 255, scale_type="std", reduction="none")
+    near = (1 - 1 / 255) * 1e4
+    torch.testing.assert_close(nll.cpu(), torch.full((2,), near**2 / 2), rtol=1e-6, atol=0)
+    for grad in torch.autograd.grad(nll.sum(), (x, mean, scale)):
+        assert grad.isfinite().all() and (grad != 0).all()
+
+
 # ---- refused arguments -----------------------------------------------------------------------------------------------
 
-X = torch.zeros(3, 4)
+X, IMAGE = torch.zeros(3, 4), torch.zeros(2, 3, 4, 4)
 raw = torch.ops.isthmus
 
 
@@ -277,6 +363,20 @@ raw = torch.ops.isthmus
         (lambda: ops.gaussian_nll(X, X.double(), X), "mean has dtype Double; expected Float, like x"),
         (lambda: ops.gaussian_nll(X.int(), X.int(), X.int()), "x has dtype Int; expected float32"),
         (lambda: ops.gaussian_nll(X, X, X, torch.zeros(5)), r"weight has shape \[5\], which does not broadcast"),
+        (lambda: ops.discretized_gaussian_nll(X, X, X, bin_width=0.0), "bin_width is 0; expected a positive number"),
+        (
+            lambda: ops.discretized_gaussian_nll(X, X, X, bin_width=1.0, low=2.0, high=2.0),
+            "low is 2 and high is 2; expected low < high",
+        ),
+        (lambda: mixture_nll(X, X), r"x has shape \[3, 4\]; expected \[B, C, H, W\] with C = 1 or 3"),
+        (
+            lambda: mixture_nll(IMAGE, torch.zeros(2, 10, 4, 4), num_mixtures=2),
+            r"parameters has shape \[2, 10, 4, 4\]; expected \[2, 20, 4, 4\]: 2 mixtures of 3 channels",
+        ),
+        (lambda: mixture_nll(IMAGE, IMAGE.double()), "parameters has dtype Double; expected Float, like x"),
+        (lambda: mixture_nll(IMAGE, IMAGE, num_mixtures=0), "num_mixtures is 0; expected at least 1"),
+        (lambda: mixture_nll(IMAGE, IMAGE, bins=1), "bins is 1; expected at least 2"),
+        (lambda: mixture_nll(IMAGE, IMAGE, reduction="row"), "reduction is 'row'; expected one of 'none', 'image'"),
         (
             lambda: raw.gaussian_nll(X, X, X[:2], None, "logvar", 0.0, "row"),
             r"scale has shape \[2, 4\]; expected \[3, 4\], like x",

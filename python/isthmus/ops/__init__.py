@@ -5,7 +5,12 @@ from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax
 from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
 from isthmus.ops.divergence import gaussian_kl, log_mean_exp
 from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl, gaussian_sample_log_prob
-from isthmus.ops.likelihood import discretized_logistic_mixture_nll, gaussian_nll
+from isthmus.ops.likelihood import (
+    discretized_gaussian_nll,
+    discretized_logistic_mixture_nll,
+    gaussian_nll,
+    generalized_gaussian_nll,
+)
 from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
 from isthmus.ops.sparse import sparse_decode, topk_encode
 
@@ -15,6 +20,7 @@ __all__ = [
     "categorical_kl",
     "code_statistics",
     "component_log_prob",
+    "discretized_gaussian_nll",
     "discretized_logistic_mixture_nll",
     "gaussian_kl",
     "gaussian_nll",
@@ -22,6 +28,7 @@ __all__ = [
     "gaussian_sample",
     "gaussian_sample_kl",
     "gaussian_sample_log_prob",
+    "generalized_gaussian_nll",
     "gumbel_noise",
     "gumbel_softmax",
     "gumbel_softmax_kl",

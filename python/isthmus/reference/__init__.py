@@ -15,7 +15,12 @@ from isthmus.reference.gaussian import (
     gaussian_sample_kl,
     gaussian_sample_log_prob,
 )
-from isthmus.reference.likelihood import discretized_logistic_mixture_nll, gaussian_nll
+from isthmus.reference.likelihood import (
+    discretized_gaussian_nll,
+    discretized_logistic_mixture_nll,
+    gaussian_nll,
+    generalized_gaussian_nll,
+)
 from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
@@ -25,6 +30,7 @@ __all__ = [
     "categorical_kl",
     "code_statistics",
     "component_log_prob",
+    "discretized_gaussian_nll",
     "discretized_logistic_mixture_nll",
     "gaussian_kl",
     "gaussian_nll",
@@ -32,6 +38,7 @@ __all__ = [
     "gaussian_sample",
     "gaussian_sample_kl",
     "gaussian_sample_log_prob",
+    "generalized_gaussian_nll",
     "gumbel_noise",
     "gumbel_softmax",
     "gumbel_softmax_kl",
