@@ -63,3 +63,47 @@ def bench_discretized_logistic_mixture_nll(contest, shape, mode):
         isthmus=ops.discretized_logistic_mixture_nll,
         compare=lambda *results: results[:1],
     )
+
+
+@MODES
+@shapes({"N": 256, "D": 64}, large=({"N": 1024, "D": 1024},))
+def bench_discretized_gaussian_nll(contest, shape, mode):
+    """Bins of an 8-bit image. The plain form is that of learned compression, with its floor against log 0."""
+    size = tuple(shape.values())
+    x, mean, logvar = torch.rand(size).mul(255).round() / 255, torch.rand(size), torch.randn(size) - 3
+
+    def plain(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+        scale, half = torch.exp(0.5 * logvar), 0.5 / 255
+        upper, lower = (torch.special.ndtr((x + sign * half - mean) / scale) for sign in (1, -1))
+        return -torch.log((upper - lower).clamp(min=1e-9)).sum(-1)
+
+    def fused(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+        return ops.discretized_gaussian_nll(x, mean, logvar, bin_width=1 / 255)
+
+    def compare(*results: Tensor) -> tuple[Tensor, ...]:
+        """Where the floor acts the two differ; where it does not, cancellation leaves the plain form three digits."""
+        exact = fused(x.double(), mean.double(), logvar.double())
+        torch.testing.assert_close(results[0].double().mean(), exact.mean(), rtol=0.1, atol=0)
+        return ()
+
+    contest(x, mean, logvar, plain=plain, isthmus=fused, compare=compare)
+
+
+@MODES
+@shapes({"N": 256, "D": 64}, large=({"N": 1024, "D": 1024},))
+def bench_generalized_gaussian_nll(contest, shape, mode):
+    size = tuple(shape.values())
+
+    def plain(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+        power = ((x - mean).abs() / scale) ** beta
+        return (power - torch.log(beta) + torch.log(2 * scale) + torch.lgamma(1 / beta)).sum(-1)
+
+    contest(
+        torch.randn(size),
+        torch.randn(size),
+        torch.rand(size) + 0.5,
+        torch.rand(size) + 1,
+        plain=plain,
+        isthmus=ops.generalized_gaussian_nll,
+        compare=lambda *results: results,
+    )

@@ -162,6 +162,15 @@ void write_zeros(const char* name, void* to, int64_t count, void* stream) {
   check(cudaMemsetAsync(to, 0, static_cast<size_t>(count) * sizeof(C), static_cast<cudaStream_t>(stream)), name);
 }
 
+// Sums without elements: 0, or NaN for the mean of nothing, whose weight is infinite. All bits set is a NaN.
+template <class C>
+void write_empty_sums(const char* name, const Reduction& view, void* sums, void* stream) {
+  if (view.weight < INFINITY) return write_zeros<C>(name, sums, view.sums(), stream);
+  if (sums == nullptr || view.sums() == 0) return;
+  check(cudaMemsetAsync(sums, 0xff, static_cast<size_t>(view.sums()) * sizeof(C), static_cast<cudaStream_t>(stream)),
+        name);
+}
+
 // Elements of the compute type that sum() needs for partial sums.
 inline int64_t sum_workspace(const Reduction& view) {
   return view.rows * view.cols == 0 ? 0 : Cut(view, 1, false).partial_sums();
@@ -170,7 +179,7 @@ inline int64_t sum_workspace(const Reduction& view) {
 // Visits all packs of the view and writes the sums that it asks for, if they are wanted.
 template <int N, class C, class Elements>
 void sum(const char* name, const Elements& elements, const Reduction& view, void* sums, void* workspace, void* stream) {
-  if (view.rows * view.cols == 0) return write_zeros<C>(name, sums, view.sums(), stream);
+  if (view.rows * view.cols == 0) return write_empty_sums<C>(name, view, sums, stream);
   const Cut cut(view, N, false);
   const bool partial = sums != nullptr && cut.parts > 1;
   launch(name, sum_kernel<N, C, Elements>, cut.blocks, threads_per_block, 0, stream, elements, cut,

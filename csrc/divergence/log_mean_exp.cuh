@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(threads_per_block) log_mean_exp_backward_kerne
   for (int j = 0; j < N; ++j) {
     const C bound = static_cast<const C*>(args.bound)[column + j];
     // Without any weight every sample has the same part in the bound: none.
-    const C finite = bound > -C(INFINITY) ? bound : C(0);
+    const C finite = bound == -C(INFINITY) ? C(0) : bound;
     const C share = static_cast<const C*>(args.grad)[column + j] / static_cast<C>(args.samples);
     values[j] = share * exp(values[j] - finite);
   }
