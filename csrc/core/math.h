@@ -247,7 +247,7 @@ ISTHMUS_INLINE f32v sigmoid(f32v x) {
 // (e^-2|x| - 1) / (e^-2|x| + 1), the numerator by expm1 where it would cancel and by exp where its error would count.
 ISTHMUS_INLINE f32v tanh(f32v x) {
   const f32v n = 2.0f * negative_magnitude(x), e = expm1(n), p = exp_of_negative(n);
-  const i32v near = n > -1.0f;
+  const i32v near = n > -0.6f;
   return flip_sign((near ? e : p - 1.0f) / (near ? e + 2.0f : p + 1.0f), ~(u32v)x);
 }
 
