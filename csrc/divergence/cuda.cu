@@ -17,8 +17,8 @@ namespace {
 template <class T>
 constexpr int widest_pack = 16 / sizeof(T);
 
-// Calls f<T, P, N>() for the dtype and the prior of `args`, N as wide as its layout and `to`, an array of the compute
-// type and the gradients, allow.
+// Calls f<T, P, N>() for the dtype and the prior of `args`, N as wide as its layout and that of the results allows:
+// `sums` of the compute type, or `grads`.
 template <class Args, class F>
 void dispatch(const Args& args, const void* sums, const GaussianGradients& grads, F&& f) {
   dispatch_gaussians(args.posterior, [&]<class T, Prior P>() {
