@@ -93,10 +93,12 @@ def bench_gumbel_softmax_kl(contest, shape, mode):
 @DTYPES
 @shapes(SMALL, large=(WIDE,))
 def bench_categorical_kl(contest, shape, dtype, mode):
+    # In bfloat16 the peer normalises and sums in bfloat16: over 8192 categories it is 4 % off.
+    exact = dtype == "float32"
     contest(
         logits_of(shape, dtype),
         plain=kl_uniform,
-        peer=("torch.distributions", distributions_kl),
+        peer=("torch.distributions", distributions_kl) if exact else None,
         isthmus=ops.categorical_kl,
         compare=lambda *results: results,
     )
