@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from harness import DTYPES, MODES, shapes
 from torch import Tensor
@@ -93,12 +94,12 @@ def bench_gumbel_softmax_kl(contest, shape, mode):
 @DTYPES
 @shapes(SMALL, large=(WIDE,))
 def bench_categorical_kl(contest, shape, dtype, mode):
-    # In bfloat16 the peer normalises and sums in bfloat16: over 8192 categories it is 4 % off.
-    exact = dtype == "float32"
+    if dtype == "bfloat16" and shape == WIDE:
+        pytest.skip("PyTorch sums 8192 categories in bfloat16 and is 4 % off: there is nothing to compare with")
     contest(
         logits_of(shape, dtype),
         plain=kl_uniform,
-        peer=("torch.distributions", distributions_kl) if exact else None,
+        peer=("torch.distributions", distributions_kl),
         isthmus=ops.categorical_kl,
         compare=lambda *results: results,
     )
