@@ -8,6 +8,8 @@
 
 namespace isthmus {
 
+constexpr double half_log_two_pi = 0.918938533204672741780329736406;
+
 // Where element i of a tensor lies: blocks of `block` neighbours begin `stride` elements apart. A contiguous tensor is
 // one block; the half of a packed tensor has gaps between its blocks; a row that all rows share has stride 0.
 struct Operand {

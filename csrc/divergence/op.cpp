@@ -1,7 +1,7 @@
 // Host entries of the divergence family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
 #include "divergence/kernels.h"
-#include "gaussians.h"
+#include "gaussian_arguments.h"
 
 namespace isthmus {
 namespace {

@@ -5,7 +5,7 @@
 //
 // Traffic: forward reads mean and scale once and writes z once (12 bytes an element in float32, the floor); backward
 // reads grad_z, mean and scale and writes two gradients. Noise is recomputed from the key, never stored.
-// Bound by arithmetic, not memory: about 5 instructions an element at AVX-512 for the noise, 3 for the divergence.
+// Bound by arithmetic, not memory: at AVX-512 half of it is noise, between four and five instructions an element.
 //
 // Work goes through pieces of 512 elements whose standard deviation and noise wait in L1, so that the divergence, the
 // generator and the affine map each stay a short loop of their own.

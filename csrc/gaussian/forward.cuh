@@ -1,7 +1,5 @@
 // Included by cuda.cu: sampling, with the divergence and the log-densities of the samples on request.
 
-constexpr double half_log_two_pi = 0.91893853320467274178;
-
 template <class C>
 constexpr int normals_per_block = sizeof(C) == 8 ? 2 : 4;
 

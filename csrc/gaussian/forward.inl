@@ -1,7 +1,5 @@
 // Included by cpu.inl: sampling, with the divergence and the log-densities of the samples on request.
 
-constexpr double half_log_two_pi = 0.91893853320467274178;
-
 // A Gaussian's row of log-density is constant - ½ Σ (standardised element)².
 template <class C>
 struct DensityTiles {

@@ -1,7 +1,7 @@
 // Host entries of the gaussian family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
 #include "gaussian/kernels.h"
-#include "gaussians.h"
+#include "gaussian_arguments.h"
 
 namespace isthmus {
 namespace {

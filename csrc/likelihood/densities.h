@@ -2,13 +2,13 @@
 // gradient(in, out) writes the derivatives by the first of them.
 #pragma once
 
+#include "core/gaussians.h"
 #include "core/scale_type.h"
 #include "likelihood/formula.h"
 
 ISTHMUS_FORMULAS_BEGIN
 
 constexpr int scale_argument = 2;
-constexpr double half_log_two_pi = 0.918938533204672741780329736406;
 constexpr double sqrt_half = 0.707106781186547524400844362105;
 constexpr double sqrt_two_over_pi = 0.797884560802865355879892119869;
 constexpr double inv_sqrt_two_pi = 0.398942280401432677939946059934;

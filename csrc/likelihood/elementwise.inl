@@ -4,12 +4,13 @@
 // that is asked for. An argument of one element stays one element: it sits in a register, and its gradient is summed
 // per work item and then in item order.
 //
-// Narrow rows share a tile of 1024 elements: the density is evaluated over the tile as if it were one row, at full
+// Narrow rows share a tile (core/tiles.h): the density is evaluated over the tile as if it were one row, at full
 // vector width, and the rows are summed from L1. Very wide rows are split between threads (core/tiles.h).
 //
 // A Density has the number of its arguments and of those with gradients; whether its scale is shared, so that what
 // depends on the scale alone leaves the loop; nll(in) and gradient(in, out), on arrays of vectors.
 
+#include "core/access.h"
 #include "core/buffer.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -18,11 +19,6 @@
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
-
-template <class C>
-struct alignas(64) NllTile {
-  C values[tile_elements + lanes<C>];  // the tail lets a last vector be stored whole
-};
 
 template <class T, class Density>
 struct Arguments {
@@ -98,7 +94,7 @@ struct NllForward {
   }
 
   void sum_narrow_rows(int64_t row, int64_t rows, C* sums) const {
-    NllTile<C> tile;
+    Tile<C> tile;
     const int64_t first = row * cols, count = rows * cols;
     C* elements = cols == 1 ? sums + row : tile.values;
     for (int64_t j = 0; j < count; j += lanes<C>) {
@@ -201,7 +197,7 @@ struct NllGradients {
 
   // shared_sums: [gradients, items]
   void run(const RowTiles& tiles, int64_t begin, int64_t end, C* shared_sums) const {
-    NllTile<C> tile = {};
+    Tile<C> tile = {};
     for (int64_t index = begin; index < end; ++index) {
       const RowTiles::Item item = tiles.item(index);
       spread_grad(item.row, item.rows, item.cols < tile_elements ? item.cols : tile_elements, tile.values);

@@ -19,15 +19,6 @@ namespace {
 constexpr int64_t tile_pixels = 64;
 constexpr int64_t item_pixels = 1024;  // of one image: a work item
 
-ISTHMUS_INLINE f32v tanh(f32v x) {
-  const f32v e = expm1(2.0f * negative_magnitude(x));  // in (-1, 0]
-  return flip_sign(e / (e + 2.0f), ~(u32v)x);
-}
-ISTHMUS_INLINE f64v tanh(f64v x) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
-  return x;
-}
-
 // Neighbouring pixels of one image.
 struct PixelTile {
   int64_t image, first, count;

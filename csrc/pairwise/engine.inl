@@ -9,8 +9,6 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-constexpr double half_log_two_pi = 0.91893853320467274178;
-
 // Row lengths in memory: whole vectors.
 template <class C>
 inline int64_t stride_of(int64_t dim) {

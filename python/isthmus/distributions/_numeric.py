@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from isthmus.reference.divergence import _exp_tail as exp_tail
+from isthmus.reference._numeric import exp_tail
 
 __all__ = ["exp_tail", "lgamma_gap", "log1p_tail", "triangular_gap"]
 

@@ -25,7 +25,7 @@ _STANDARD_DEVIATION = {
 
 
 class Normal(ReparameterizedFromKey, distributions.Normal):
-    """``torch.distributions.Normal``, faster: change the import and nothing else.
+    """``torch.distributions.Normal`` on fused kernels: change the import and nothing else.
 
     ``rsample`` is one pass each way, whose noise is drawn again in backward instead of stored; ``log_prob`` and
     ``kl_divergence`` are one pass each way and keep every digit near the prior. Everything of torch's class works:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from isthmus import reference
 from isthmus.ops._arguments import broadcast, check_choice
 
 REDUCTIONS = ("none", "row", "group", "batch", "dim", "sum", "mean")
@@ -112,3 +113,23 @@ def gradient_shapes(mean: Tensor, scale: Tensor | None, prior_mean: Tensor | Non
     """Shapes of the four gradients; (0,) where there is none."""
     prior = prior_mean.shape if prior_gradient and prior_mean is not None else (0,)
     return mean.shape, (0,) if scale is None else scale.shape, prior, prior
+
+
+def reference_options(
+    scale_type: str, packed_dim: int, residual: bool, mode: str, low: float, high: float
+) -> dict[str, Any]:
+    """The op's options as the reference takes them."""
+    clamp = {} if mode == "none" else {"clamp": (low, high), "clamp_mode": mode}
+    return {"scale_type": scale_type, "packed_dim": packed_dim, "residual": residual, **clamp}
+
+
+def reference_kl(
+    tensors: Any, mask: Tensor | None, options: dict[str, Any], reduction: str, groups: int, weight: float,
+    posterior_weight: float, prior_weight: float,
+) -> Tensor:  # fmt: skip
+    """The reference with the op's weights, which are nobody's mean over kept rows."""
+    balance = None if posterior_weight == prior_weight else prior_weight
+    kl = reference.gaussian_kl(*tensors, mask=mask, reduction=reduction, groups=groups, balance=balance, **options)
+    if mask is not None and reduction in ("mean", "dim"):
+        kl = kl * (mask.sum() / mask.numel())
+    return weight * kl

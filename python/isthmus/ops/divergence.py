@@ -16,6 +16,8 @@ from isthmus.ops._gaussians import (
     gaussian_tensors,
     gradient_shapes,
     posterior_shape,
+    reference_kl,
+    reference_options,
 )
 from isthmus.ops._register import (
     eager,
@@ -194,30 +196,12 @@ _gaussian_kl = register_gradient("gaussian_kl", _kl_backward, _kl_setup)
 _log_mean_exp = register_gradient("log_mean_exp", _bound_backward, _bound_setup)
 
 
-def parameters(scale_type: str, packed_dim: int, residual: bool, mode: str, low: float, high: float) -> dict[str, Any]:
-    """The op's options as the reference takes them."""
-    clamp = {} if mode == "none" else {"clamp": (low, high), "clamp_mode": mode}
-    return {"scale_type": scale_type, "packed_dim": packed_dim, "residual": residual, **clamp}
-
-
-def kl_of_options(
-    tensors: Any, mask: Tensor | None, options: dict[str, Any], reduction: str, groups: int, weight: float,
-    posterior_weight: float, prior_weight: float,
-) -> Tensor:  # fmt: skip
-    """The reference with the op's weights, which are nobody's mean over kept rows."""
-    balance = None if posterior_weight == prior_weight else prior_weight
-    kl = reference.gaussian_kl(*tensors, mask=mask, reduction=reduction, groups=groups, balance=balance, **options)
-    if mask is not None and reduction in ("mean", "dim"):
-        kl = kl * (mask.sum() / mask.numel())
-    return weight * kl
-
-
 def _kl_gradients(grad, mean, scale, prior_mean, prior_scale, mask, *options):
     *choices, prior_gradient = options
-    chosen, reduction = parameters(*choices[:6]), choices[6:]
+    chosen, reduction = reference_options(*choices[:6]), choices[6:]
 
     def kl(*tensors: Any) -> Tensor:
-        return kl_of_options(tensors, mask, chosen, *reduction)
+        return reference_kl(tensors, mask, chosen, *reduction)
 
     prior = (prior_mean, prior_scale)
     grads = gradient_of(kl, (mean, scale, *prior), grad)

@@ -17,6 +17,8 @@ from isthmus.ops._gaussians import (
     gaussian_tensors,
     gradient_shapes,
     posterior_shape,
+    reference_kl,
+    reference_options,
 )
 from isthmus.ops._register import (
     eager,
@@ -27,7 +29,6 @@ from isthmus.ops._register import (
     register_second_order,
     register_vmap_by_loop,
 )
-from isthmus.ops.divergence import kl_of_options, parameters
 
 _ops = torch.ops.isthmus
 
@@ -397,19 +398,19 @@ def _draw_options(
 
 
 def _sample_gradients(grad, mean, scale, key, scale_type, packed_dim, mode, low, high, *draw):
-    options = parameters(scale_type, packed_dim, False, mode, low, high)
+    options = reference_options(scale_type, packed_dim, False, mode, low, high)
     options |= _draw_options(mean, scale, key, packed_dim, *draw)
     return gradient_of(lambda *tensors: reference.gaussian_sample(*tensors, **options), (mean, scale), grad)
 
 
 def _sample_kl_gradients(grad_z, grad_kl, mean, scale, prior_mean, prior_scale, mask, key, *options):
-    chosen, draw, reduction, prior_gradient = parameters(*options[:6]), options[6:9], options[9:-1], options[-1]
+    chosen, draw, reduction, prior_gradient = reference_options(*options[:6]), options[6:9], options[9:-1], options[-1]
     drawn = _draw_options(mean, scale, key, options[1], *draw)
 
     def sample_kl(*tensors: Any) -> Any:
         mean, scale, prior_mean, prior_scale = tensors
         z, _ = reference.gaussian_sample_kl(mean, scale, prior_mean, prior_scale, mask=mask, **chosen, **drawn)
-        return z, kl_of_options(tensors, mask, chosen, *reduction)
+        return z, reference_kl(tensors, mask, chosen, *reduction)
 
     grads = gradient_of(sample_kl, (mean, scale, prior_mean, prior_scale), (grad_z, grad_kl))
     return grads if prior_gradient else [*grads[:2], None, None]
@@ -418,7 +419,7 @@ def _sample_kl_gradients(grad_z, grad_kl, mean, scale, prior_mean, prior_scale, 
 def _log_prob_gradients(
     grad_z, grad_kl, grad_log_q, grad_log_p, gate, mean, scale, prior_mean, prior_scale, key, *options
 ):
-    chosen, draw, (path_only, prior_gradient) = parameters(*options[:6]), options[6:9], options[9:]
+    chosen, draw, (path_only, prior_gradient) = reference_options(*options[:6]), options[6:9], options[9:]
     drawn = _draw_options(mean, scale, key, options[1], *draw)
     drawn |= {"path_only": path_only, "gate": gate}
 

@@ -41,3 +41,13 @@ def log_standard_deviation(scale: Tensor, scale_type: str) -> Tensor:
     if scale_type == "square":
         return 2 * scale.abs().log()
     return standard_deviation(scale, scale_type).log()
+
+
+def exp_tail(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, accurate in every digit also where it is about x^2 / 2."""
+    near = x.abs() < 0.25
+    small = torch.where(near, x, 0.0)  # where the series is not used it must not overflow either
+    series = torch.ones_like(x)
+    for n in range(12, 2, -1):  # the first term left out is below 2^-53 of the sum
+        series = 1 + small / n * series
+    return torch.where(near, 0.5 * small.square() * series, torch.expm1(x) - x)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus.random import philox4x32
-from isthmus.reference._numeric import widen
-from isthmus.reference.divergence import _exp_tail
+from isthmus.reference._numeric import exp_tail, widen
 from isthmus.reference.gaussian import _uniform32, _uniform64
 
 __all__ = ["categorical_kl", "gumbel_noise", "gumbel_softmax", "gumbel_softmax_kl"]
@@ -113,7 +112,7 @@ def categorical_kl(logits: Tensor, prior_logits: Tensor | None = None, *, reduct
     q, p = log_q.exp(), log_p.exp()
     impossible = log_q == -math.inf
     d = torch.where(impossible, 0.0, log_q - log_p)
-    near = q * _exp_tail(-d.clamp(min=-1))
+    near = q * exp_tail(-d.clamp(min=-1))
     terms = torch.where(d < -1, p - q + q * d, near)
     rows = torch.where(impossible, p, terms).sum(-1)
     if reduction == "row":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus.reference._gaussians import posterior, reduce, unpack, without_masked_rows
-from isthmus.reference._numeric import widen
+from isthmus.reference._numeric import exp_tail, widen
 
 __all__ = ["gaussian_kl", "log_mean_exp"]
 
@@ -72,21 +72,11 @@ def gaussian_kl(
 
 def _elements(mean: Any, scale: Any, prior_mean: Any, prior_scale: Any, parameters: dict[str, Any]) -> Tensor:
     q = posterior(mean, scale, prior_mean, prior_scale, **parameters)
-    return 0.5 * q.shift.square() + 0.5 * _exp_tail(2 * q.log_ratio)
+    return 0.5 * q.shift.square() + 0.5 * exp_tail(2 * q.log_ratio)
 
 
 def _constant(t: Any) -> Any:
     return t.detach() if isinstance(t, Tensor) else t
-
-
-def _exp_tail(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x, accurate in every digit also where it is about x^2 / 2."""
-    near = x.abs() < 0.25
-    small = torch.where(near, x, 0.0)  # where the series is not used it must not overflow either
-    series = torch.ones_like(x)
-    for n in range(12, 2, -1):  # the first term left out is below 2^-53 of the sum
-        series = 1 + small / n * series
-    return torch.where(near, 0.5 * small.square() * series, torch.expm1(x) - x)
 
 
 def log_mean_exp(log_weights: Tensor, *, groups: int = 1) -> Tensor:
