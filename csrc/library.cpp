@@ -16,6 +16,9 @@ void register_divergence(StableLibrary&);
 void register_pairwise(StableLibrary&);
 void register_categorical(StableLibrary&);
 void register_codebook(StableLibrary&);
+void register_residual(StableLibrary&);
+void register_assignment(StableLibrary&);
+void register_scalar(StableLibrary&);
 void register_sparse(StableLibrary&);
 void register_bayes(StableLibrary&);
 
@@ -92,6 +95,9 @@ void register_kernels(StableLibrary& m) {
   register_pairwise(m);
   register_categorical(m);
   register_codebook(m);
+  register_residual(m);
+  register_assignment(m);
+  register_scalar(m);
   register_sparse(m);
   register_bayes(m);
 }

@@ -1,0 +1,1 @@
+#include "assignment/kernels.h"

@@ -1,0 +1,3 @@
+// The assignment kernels for AVX2, FMA and F16C; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL avx2
+#include "assignment/cpu.inl"

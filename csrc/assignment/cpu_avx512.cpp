@@ -1,0 +1,3 @@
+// The assignment kernels for AVX-512 F, BW, DQ and VL; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL avx512
+#include "assignment/cpu.inl"

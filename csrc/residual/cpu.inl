@@ -1,0 +1,1 @@
+#include "residual/kernels.h"

@@ -1,0 +1,3 @@
+// The scalar kernels for any CPU of the architecture; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL baseline
+#include "scalar/cpu.inl"

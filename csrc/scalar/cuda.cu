@@ -1,0 +1,1 @@
+#include "scalar/kernels.h"
