@@ -52,9 +52,10 @@ ISTHMUS_INLINE void transpose(Vec<C> (&square)[lanes<C>]) {
   if constexpr (2 * Step < lanes<C>) transpose<C, 2 * Step>(square);
 }
 
-// Rows as columns: packed[k][j] = matrix[j · stride + k] for j < count, zero up to Width.
+// Rows as columns: packed[k · step + j] = matrix[j · stride + k] for j < count, zero up to Width.
 template <int Width, class T>
-inline void pack_rows(const T* matrix, int64_t stride, int64_t count, int64_t depth, Compute<T>* packed) {
+inline void pack_rows(const T* matrix, int64_t stride, int64_t count, int64_t depth, Compute<T>* packed,
+                      int64_t step = Width) {
   using C = Compute<T>;
   constexpr int size = lanes<C>;
   for (int64_t k = 0; k < depth; k += size) {
@@ -68,7 +69,7 @@ inline void pack_rows(const T* matrix, int64_t stride, int64_t count, int64_t de
       const int64_t left = depth - k < size ? depth - k : size;
 #pragma GCC unroll 16
       for (int i = 0; i < size; ++i) {
-        if (i < left) store_first(packed + (k + i) * Width + j, square[i], Width - j);
+        if (i < left) store_first(packed + (k + i) * step + j, square[i], Width - j);
       }
     }
   }

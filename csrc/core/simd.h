@@ -38,6 +38,7 @@ typedef uint32_t u32v __attribute__((vector_size(vector_bytes)));
 typedef int64_t i64v __attribute__((vector_size(vector_bytes)));
 typedef uint64_t u64v __attribute__((vector_size(vector_bytes)));
 typedef uint16_t u16h __attribute__((vector_size(vector_bytes / 2)));  // one u16 for each f32 lane
+typedef uint16_t u16v __attribute__((vector_size(vector_bytes)));
 
 // Compute<T>: what an element type computes and accumulates in. Vec<C>: vector of C. Mask<C>: result of a comparison.
 template <class T>
@@ -167,6 +168,44 @@ ISTHMUS_INLINE void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
 ISTHMUS_INLINE void store(BFloat16* p, f32v v) { narrow(p, v); }
 ISTHMUS_INLINE void store(Half* p, f32v v) { narrow(p, v); }
 
+// Two neighbouring vectors, for which halves need fewer instructions than for one and one.
+template <class T>
+ISTHMUS_INLINE void load_pair(const T* p, Vec<Compute<T>> (&v)[2]) {
+  v[0] = load(p);
+  v[1] = load(p + lanes<Compute<T>>);
+}
+template <class T>
+ISTHMUS_INLINE void store_pair(T* p, const Vec<Compute<T>> (&v)[2]) {
+  store(p, v[0]);
+  store(p + lanes<Compute<T>>, v[1]);
+}
+#if defined(__AVX512F__)
+ISTHMUS_INLINE void load_pair(const BFloat16* p, f32v (&v)[2]) {
+  const __m512i raw = _mm512_loadu_si512(p);
+  u16v place;  // each half goes to the upper half of its lane
+  for (int i = 0; i < 2 * lanes<float>; ++i) place[i] = static_cast<uint16_t>(i / 2);
+  constexpr __mmask32 upper = 0xaaaaaaaa;
+  v[0] = (f32v)_mm512_maskz_permutexvar_epi16(upper, (__m512i)place, raw);
+  v[1] = (f32v)_mm512_maskz_permutexvar_epi16(upper, (__m512i)(place + uint16_t(lanes<float>)), raw);
+}
+
+// What narrow() makes of a vector, in the upper half of each lane.
+ISTHMUS_INLINE __m512i rounded_upper_halves(f32v value) {
+  const __m512i bits = (__m512i)value;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 not_a_number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+  return _mm512_mask_or_epi32(rounded, not_a_number, bits, _mm512_set1_epi32(0x400000));
+}
+ISTHMUS_INLINE void store_pair(BFloat16* p, const f32v (&v)[2]) {
+  u16v upper;
+  for (int i = 0; i < 2 * lanes<float>; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
+  _mm512_storeu_si512(
+      p, _mm512_permutex2var_epi16(rounded_upper_halves(v[0]), (__m512i)upper, rounded_upper_halves(v[1])));
+}
+#endif
+
 // The first `count` lanes; the rest are zero and the memory behind them is not touched. count may exceed the vector.
 template <class T>
 ISTHMUS_INLINE Vec<Compute<T>> load_first(const T* p, int64_t count) {
@@ -267,6 +306,58 @@ ISTHMUS_INLINE bool any(M mask) {
 #endif
 }
 
+// One bit for each lane of a comparison.
+ISTHMUS_INLINE unsigned lane_bits(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < lanes<float>; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
+}
+ISTHMUS_INLINE unsigned lane_bits(i64v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_pd((__m128d)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < lanes<double>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// The greater of two; the second where either is not a number.
+ISTHMUS_INLINE f32v greater(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (f32v)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ISTHMUS_INLINE f64v greater(f64v a, f64v b) {
+#if defined(__AVX512F__)
+  return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  return (f64v)_mm_max_pd((__m128d)a, (__m128d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Sum of the lanes, pairwise: a fixed order for each level.
 template <class C, class V = Vec<C>>
 ISTHMUS_INLINE C sum_lanes(V v) {
@@ -292,7 +383,8 @@ ISTHMUS_INLINE u64v multiply_low_halves(u64v a, u64v b) {
 }
 
 // Makes a product a rounded number: the compiler may not fuse it into a later addition.
-ISTHMUS_INLINE f32v rounded(f32v x) {
+template <class V>
+ISTHMUS_INLINE V rounded(V x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
 #elif defined(__aarch64__)

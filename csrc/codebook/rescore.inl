@@ -1,0 +1,149 @@
+// Included by search.inl: float64 scores of eight codes at a time, and the best of them.
+//
+// Eight lanes of float64 at every level, the same operations in the same order, no product fused into a sum: the same
+// bits everywhere.
+
+// The numbers of a row in float64.
+template <class C>
+ISTHMUS_INLINE f64v load_double(const C* p) {
+  if constexpr (sizeof(C) == 8) {
+    return load(p);
+  } else {
+    typedef float Part __attribute__((vector_size(vector_bytes / 2)));
+    Part part;
+    std::memcpy(&part, p, sizeof part);
+    return __builtin_convertvector(part, f64v);
+  }
+}
+
+template <class C>
+inline void copy_double(const C* x, int64_t dim, double* copy) {
+  int64_t k = 0;
+  for (; k + lanes<double> <= dim; k += lanes<double>) store(copy + k, load_double(x + k));
+  for (; k < dim; ++k) copy[k] = static_cast<double>(x[k]);
+}
+
+template <class C>
+inline double squared_length(const C* x, int64_t dim) {
+  f64v squares = {};
+  int64_t k = 0;
+  for (; k + lanes<double> <= dim; k += lanes<double>) {
+    const f64v part = load_double(x + k);
+    squares += part * part;
+  }
+  double sum = sum_lanes<double>(squares);
+  for (; k < dim; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+  return sum;
+}
+
+constexpr int group_codes = 8;
+constexpr int group_parts = group_codes / lanes<double>;
+// Groups come in slabs, one for each lane of the screen.
+template <class C>
+constexpr int64_t slab_codes = group_codes * lanes<C>;
+
+// sums[j] = Σ_k term(k, codes[k][j]), even and odd k apart: two short chains of additions instead of a long one.
+template <class C, class Term>
+ISTHMUS_INLINE void sum_group(const C* codes, int64_t dim, Term term, f64v (&sums)[group_parts]) {
+  f64v odd[group_parts];
+#pragma GCC unroll 8
+  for (int p = 0; p < group_parts; ++p) sums[p] = odd[p] = f64v{};
+  int64_t k = 0;
+  for (; k + 1 < dim; k += 2, codes += 2 * group_codes) {
+#pragma GCC unroll 8
+    for (int p = 0; p < group_parts; ++p) {
+      sums[p] += rounded(term(k, load_double(codes + p * lanes<double>)));
+      odd[p] += rounded(term(k + 1, load_double(codes + group_codes + p * lanes<double>)));
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < group_parts; ++p) {
+    if (k < dim) sums[p] += rounded(term(k, load_double(codes + p * lanes<double>)));
+    sums[p] += odd[p];
+  }
+}
+
+// The codebook in groups of eight, for rescoring.
+template <class T>
+struct CodeGroups {
+  using C = Compute<T>;
+  const Metric metric;
+  const int64_t codes, dim, groups;
+  Buffer<C> numbers;       // [groups, dim, group_codes]
+  Buffer<double> lengths;  // [groups, group_codes]; of cosine only
+
+  CodeGroups(Metric metric_, const T* codebook, int64_t codes_, int64_t dim_)
+      : metric(metric_),
+        codes(codes_),
+        dim(dim_),
+        groups((codes + slab_codes<C> - 1) / slab_codes<C> * lanes<C>),  // whole slabs
+        numbers(groups * dim * group_codes),
+        lengths(metric == Metric::cosine ? groups * group_codes : 0) {
+    parallel_for(groups, grain_of(group_codes * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) pack(g, codebook + g * group_codes * dim);
+    });
+  }
+
+  const C* group(int64_t g) const { return numbers.data + g * dim * group_codes; }
+
+  void pack(int64_t g, const T* first) const {
+    const int64_t left = codes - g * group_codes;
+    pack_rows<group_codes>(first, dim, left < 0 ? 0 : left, dim, numbers.data + g * dim * group_codes);
+    if (metric != Metric::cosine) return;
+    f64v squares[group_parts];
+    sum_group(group(g), dim, [](int64_t, f64v c) { return c * c; }, squares);
+    for (int p = 0; p < group_parts; ++p) {
+      store(lengths.data + g * group_codes + p * lanes<double>, sqrt(squares[p]));
+    }
+  }
+
+  // scores[j] of the codes of group g.
+  ISTHMUS_NOINLINE void score(const double* x, int64_t g, double* scores) const {
+    f64v sums[group_parts];
+    if (metric == Metric::euclidean) {
+      sum_group(group(g), dim, [&](int64_t k, f64v c) { return (x[k] - c) * (x[k] - c); }, sums);
+    } else {
+      sum_group(group(g), dim, [&](int64_t k, f64v c) { return x[k] * c; }, sums);
+    }
+    for (int p = 0; p < group_parts; ++p) {
+      if (metric == Metric::euclidean) sums[p] = -sums[p];
+      if (metric == Metric::cosine) {
+        const f64v length = load(lengths.data + g * group_codes + p * lanes<double>);
+        sums[p] = length == 0 ? sums[p] : sums[p] / length;
+      }
+      store(scores + p * lanes<double>, sums[p]);
+    }
+  }
+};
+
+// The best codes of a row so far, best first: greater scores, then lower indices; what is not a number comes last.
+struct BestCodes {
+  double* scores;
+  int64_t* indices;
+  int64_t count;
+
+  void clear() const {
+    for (int64_t i = 0; i < count; ++i) {
+      scores[i] = __builtin_nan("");
+      indices[i] = INT64_MAX;
+    }
+  }
+
+  static bool precedes(double score, int64_t index, double other, int64_t other_index) {
+    if (score > other) return true;
+    if (score < other) return false;
+    const bool number = score == score, other_number = other == other;
+    return number == other_number ? index < other_index : number;
+  }
+
+  void meet(double score, int64_t index) const {
+    if (!precedes(score, index, scores[count - 1], indices[count - 1])) return;
+    int64_t place = count - 1;
+    for (; place > 0 && precedes(score, index, scores[place - 1], indices[place - 1]); --place) {
+      scores[place] = scores[place - 1];
+      indices[place] = indices[place - 1];
+    }
+    scores[place] = score;
+    indices[place] = index;
+  }
+};
