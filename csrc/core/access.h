@@ -45,7 +45,12 @@ class Reader {
     for (int64_t done = 0; done < count; ++block, within = 0) {
       const int64_t run = block_ - within < count - done ? block_ - within : count - done;
       const T* from = data_ + block * stride_ + within;
-      for (int64_t j = 0; j < run; j += lanes<C>) store(tile_.values + done + j, load_first(from + j, run - j));
+      int64_t j = 0;
+      for (Vec<C> pair[2]; j + 2 * lanes<C> <= run; j += 2 * lanes<C>) {
+        load_pair(from + j, pair);
+        store_pair(tile_.values + done + j, pair);
+      }
+      for (; j < run; j += lanes<C>) store(tile_.values + done + j, load_first(from + j, run - j));
       done += run;
     }
     return tile_.values;
@@ -90,7 +95,12 @@ class Writer {
     for (int64_t done = 0; done < count; ++block, within = 0) {
       const int64_t run = block_ - within < count - done ? block_ - within : count - done;
       T* to = data_ + block * stride_ + within;
-      for (int64_t j = 0; j < run; j += lanes<C>) store_first(to + j, load(from + done + j), run - j);
+      int64_t j = 0;
+      for (Vec<C> pair[2]; j + 2 * lanes<C> <= run; j += 2 * lanes<C>) {
+        load_pair(from + done + j, pair);
+        store_pair(to + j, pair);
+      }
+      for (; j < run; j += lanes<C>) store_first(to + j, load(from + done + j), run - j);
       done += run;
     }
   }

@@ -137,6 +137,15 @@ ISTHMUS_INLINE f32v expm1(f32v x) {
   return a.k.value == 0.0f ? r + m : half + half;
 }
 
+// e^x and e^x - 1 from one reduction. The second keeps its relative accuracy near 0, where k is 0.
+ISTHMUS_INLINE void exp_and_expm1(f32v x, f32v& exp_x, f32v& expm1_x) {
+  const ExpArgument a = reduce_exp(at_most(at_least(x, exp_lowest), exp_highest));
+  const f32v r = a.high - a.low;
+  const f32v e = r * r * expm1mx_quotient(r) + r;
+  exp_x = ldexp(e + 1.0f, a.k);
+  expm1_x = a.k.value == 0.0f ? e : exp_x - 1.0f;
+}
+
 // e^x and e^x - 1 - x from one reduction. The second keeps full relative accuracy near 0, where it is x^2/2.
 ISTHMUS_INLINE void exp_and_expm1mx(f32v x, f32v& exp_x, f32v& expm1mx_x) {
   const ExpArgument a = reduce_exp(at_most(at_least(x, exp_lowest), exp_highest));
@@ -301,6 +310,10 @@ ISTHMUS_INLINE f64v expm1mx(f64v x) {
   for (int n = 20; n > 2; --n) series = series * x / n + 1.0;
   const f64v difference = x > 709.0 ? exp(x) : expm1(x) - x;
   return (x > -1.0) & (x < 1.0) ? 0.5 * x * x * series : difference;
+}
+ISTHMUS_INLINE void exp_and_expm1(f64v x, f64v& exp_x, f64v& expm1_x) {
+  exp_x = exp(x);
+  expm1_x = expm1(x);
 }
 ISTHMUS_INLINE void exp_and_expm1mx(f64v x, f64v& exp_x, f64v& expm1mx_x) {
   exp_x = exp(x);

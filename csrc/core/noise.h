@@ -1,7 +1,7 @@
 // Standard normals of a key, generated in vectors: element i depends on (key, i) alone (core/philox.h), so any range
 // can be produced anywhere, again and again. This is why no op stores its noise.
 //
-// Cost at AVX-512 for 64 float32 normals: some 290 instructions, nearly half of them Philox.
+// Cost at AVX-512 for 64 float32 normals: some 280 instructions, half of them Philox.
 #pragma once
 
 #include "core/math.h"
@@ -63,7 +63,13 @@ ISTHMUS_INLINE void lane_counters(u64v& even, u64v& odd) {
   }
 }
 
-ISTHMUS_INLINE u32v join_halves(u64v even, u64v odd) { return (u32v)((even & 0xffffffffu) | (odd << 32)); }
+ISTHMUS_INLINE u32v join_halves(u64v even, u64v odd) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_mask_moveldup_ps((__m512)even, 0xaaaa, (__m512)odd);  // one instruction for three
+#else
+  return (u32v)((even & 0xffffffffu) | (odd << 32));
+#endif
+}
 
 ISTHMUS_INLINE f32v uniform(u32v w) { return __builtin_convertvector(w, f32v) * 0x1p-32f + 0x1p-33f; }
 

@@ -120,10 +120,8 @@ template <ScaleType S, Prior P, class V>
 ISTHMUS_INLINE Parameters<V> kl_and_std_slopes(const Parameters<V>& x, V& std_slope_of_scale) {
   if constexpr (S == ScaleType::logvar && P == Prior::standard) {
     // One exponential for both.
-    const V h = 0.5f * x.scale;
-    V std, remainder;
-    exp_and_expm1mx(h, std, remainder);
-    const V e = h + remainder;
+    V std, e;
+    exp_and_expm1(0.5f * x.scale, std, e);
     std_slope_of_scale = 0.5f * std;
     return {x.mean, (0.5f * e) * (e + 2.0f), V{}, V{}};
   } else {

@@ -1,6 +1,7 @@
 // Included by cpu.inl: gradients of sampling, of the divergence and of the log-densities, in one pass.
 //
-// What flows through the samples is summed over them first, into tiles; a last loop turns the sums into gradients.
+// What flows through the samples is summed over them first, into tiles; a last loop turns the sums into gradients. One
+// sample needs no sums: the loop then takes its gradient from where it lies.
 
 template <class C>
 struct Flow {
@@ -10,8 +11,15 @@ struct Flow {
   Tile<C> to_prior_mean, to_prior_log_std;  // through log_p, z held fixed
 };
 
+// The only sample's gradient, its noise, and the factor of that.
+template <class C>
+struct OneSample {
+  const C *grad, *noise;
+  C factor;
+};
+
 struct FlowOptions {
-  bool with_kl, with_densities;
+  bool one_sample, with_kl, with_densities;  // one_sample: and no densities
   double posterior_weight, prior_weight;
 };
 
@@ -19,19 +27,26 @@ template <class C>
 struct BackwardSteps {
   void (*fill_std)(const GaussianPiece<C>&, int64_t count, C* std);
   void (*fill_densities)(const GaussianPiece<C>&, int64_t count, DensityTiles<C>&);
-  void (*write)(const GaussianPiece<C>&, int64_t count, const Flow<C>&, const FlowOptions&, C* mean, C* scale,
-                C* prior_mean, C* prior_scale);
+  void (*write)(const GaussianPiece<C>&, int64_t count, const Flow<C>&, const OneSample<C>&, const FlowOptions&,
+                C* mean, C* scale, C* prior_mean, C* prior_scale);
 };
 
-template <class C, ScaleType S, Prior P, bool WithKl, bool WithDensities>
-void write_gradients(const GaussianPiece<C>& x, int64_t count, const Flow<C>& flow, C posterior_weight, C prior_weight,
-                     C* grad_mean, C* grad_scale, C* grad_prior_mean, C* grad_prior_scale) {
+template <class C, ScaleType S, Prior P, bool Single, bool WithKl, bool WithDensities>
+void write_gradients(const GaussianPiece<C>& x, int64_t count, const Flow<C>& flow, const OneSample<C>& sample,
+                     C posterior_weight, C prior_weight, C* grad_mean, C* grad_scale, C* grad_prior_mean,
+                     C* grad_prior_scale) {
   using V = Vec<C>;
   for (int64_t j = 0; j < count; j += lanes<C>) {
     const int64_t left = count - j;
     const Parameters<V> at = x.template at<P>(j, left);
-    const V to_mean = load(flow.to_mean.values + j), to_std = load(flow.to_std.values + j);
-    V slope;
+    V to_mean, to_std, slope;
+    if constexpr (Single) {
+      to_mean = load_first(sample.grad + j, left);
+      to_std = sample.factor * to_mean * load(sample.noise + j);
+    } else {
+      to_mean = load(flow.to_mean.values + j);
+      to_std = load(flow.to_std.values + j);
+    }
     Parameters<V> sum = {to_mean, {}, {}, {}};
     if constexpr (WithKl) {
       const Parameters<V> kl = kl_and_std_slopes<S, P>(at, slope);
@@ -73,17 +88,19 @@ template <class C>
 BackwardSteps<C> backward_steps(const Gaussians& q) {
   BackwardSteps<C> steps = {forward_steps<C>(q).fill_std, forward_steps<C>(q).fill_densities, nullptr};
   dispatch_gaussians(q, [&]<ScaleType S, Prior P>() {
-    steps.write = [](const GaussianPiece<C>& x, int64_t count, const Flow<C>& flow, const FlowOptions& options, C* mean,
-                     C* scale, C* prior_mean, C* prior_scale) {
+    steps.write = [](const GaussianPiece<C>& x, int64_t count, const Flow<C>& flow, const OneSample<C>& sample,
+                     const FlowOptions& options, C* mean, C* scale, C* prior_mean, C* prior_scale) {
       const C posterior_weight = static_cast<C>(options.posterior_weight);
       const C prior_weight = static_cast<C>(options.prior_weight);
-      const auto run = [&]<bool WithKl, bool WithDensities>() {
-        write_gradients<C, S, P, WithKl, WithDensities>(x, count, flow, posterior_weight, prior_weight, mean, scale,
-                                                        prior_mean, prior_scale);
+      const auto run = [&]<bool Single, bool WithKl, bool WithDensities>() {
+        write_gradients<C, S, P, Single, WithKl, WithDensities>(x, count, flow, sample, posterior_weight, prior_weight,
+                                                                mean, scale, prior_mean, prior_scale);
       };
-      if (options.with_densities) return run.template operator()<true, true>();
-      if (options.with_kl) return run.template operator()<true, false>();
-      run.template operator()<false, false>();
+      if (options.with_densities) return run.template operator()<false, true, true>();
+      if (options.one_sample && options.with_kl) return run.template operator()<true, true, false>();
+      if (options.one_sample) return run.template operator()<true, false, false>();
+      if (options.with_kl) return run.template operator()<false, true, false>();
+      run.template operator()<false, false, false>();
     };
   });
   return steps;
@@ -97,7 +114,9 @@ struct Backward {
   const GaussianSampleBackward& args;
   const Key key;
   const BackwardSteps<C> steps;
+  const int64_t elements;  // of a sample
   GaussianReader<T> reader;
+  Reader<T> grad_reader;
   GaussianWriter<T> writer;
   Flow<C> flow;
   Tile<C> noise, std;
@@ -107,11 +126,13 @@ struct Backward {
       : args(args_),
         key(args_.key),
         steps(backward_steps<C>(args_.posterior)),
+        elements(args_.reduction.rows * args_.reduction.cols),
         reader(args_.posterior),
+        grad_reader({args_.grad_z, args_.num_samples * elements, 0}),
         writer(args_.grads) {}
 
   const T* grad_z(const Piece& piece, int64_t k) const {
-    return static_cast<const T*>(args.grad_z) + k * args.reduction.rows * args.reduction.cols + piece.first;
+    return static_cast<const T*>(args.grad_z) + k * elements + piece.first;
   }
 
   void add_sample(const Piece& piece, int64_t k) {
@@ -155,8 +176,9 @@ struct Backward {
   void run(const Piece& piece) {
     const int64_t count = piece.count();
     const GaussianPiece<C> x = reader.read(piece.first, count);
-    const FlowOptions options{args.grad_kl != nullptr, args.grad_log_q != nullptr, args.posterior_weight,
-                              args.prior_weight};
+    const bool with_densities = args.grad_log_q != nullptr;
+    const FlowOptions options{args.num_samples == 1 && !with_densities, args.grad_kl != nullptr, with_densities,
+                              args.posterior_weight, args.prior_weight};
     if (options.with_densities) {
       steps.fill_std(x, count, std.values);
       steps.fill_densities(x, count, densities);
@@ -166,6 +188,7 @@ struct Backward {
     for (int64_t k = 0; k < args.num_samples; ++k) {
       prefetch<false>(grad_z(piece, k));
       if (!args.antithetic || k % 2 == 0) fill_normal(key, noise_start(args, k) + piece.first, count, noise.values);
+      if (options.one_sample) break;
       if (!options.with_densities) {
         add_sample(piece, k);
         continue;
@@ -175,7 +198,9 @@ struct Backward {
     if (options.with_kl) spread(args.reduction, piece, static_cast<const C*>(args.grad_kl), flow.to_kl.values);
 
     writer.begin(piece.first, count);
-    steps.write(x, count, flow, options, writer.mean, writer.scale, writer.prior_mean, writer.prior_scale);
+    const OneSample<C> sample{options.one_sample ? grad_reader.read(piece.first, count) : nullptr, noise.values,
+                              static_cast<C>(args.temperature)};
+    steps.write(x, count, flow, sample, options, writer.mean, writer.scale, writer.prior_mean, writer.prior_scale);
     const Gaussians& q = args.posterior;
     if (q.clamp.mode != Clamp::Mode::none) clamp_gradient(q.clamp, x.raw_scale, count, writer.scale);
     writer.clear_masked(q, piece.first, count);

@@ -90,10 +90,13 @@ struct Forward {
     const int64_t count = piece.count();
     const V factor = splat(static_cast<C>(noise_sign(args, k)));
     T* z = z_of(piece, k);
-    for (int64_t j = 0; j < count; j += lanes<C>) {
-      const V shift = factor * load(std.values + j) * load(noise.values + j);
-      store_first(z + j, load_first(mean + j, count - j) + shift, count - j);
+    const auto shift = [&](int64_t j) { return factor * load(std.values + j) * load(noise.values + j); };
+    int64_t j = 0;
+    for (; j + 2 * lanes<C> <= count; j += 2 * lanes<C>) {
+      const int64_t next = j + lanes<C>;
+      store_pair(z + j, {load(mean + j) + shift(j), load(mean + next) + shift(next)});
     }
+    for (; j < count; j += lanes<C>) store_first(z + j, load_first(mean + j, count - j) + shift(j), count - j);
     clear_masked(args.posterior, piece.first, count, z);
   }
 

@@ -133,6 +133,16 @@ void test_accuracy() {
     exp_and_expm1mx(x, e, remainder);
     return e;
   };
+  const auto exp_with_expm1 = [](f32v x) {
+    f32v e, less_one;
+    exp_and_expm1(x, e, less_one);
+    return e;
+  };
+  const auto expm1_with_exp = [](f32v x) {
+    f32v e, less_one;
+    exp_and_expm1(x, e, less_one);
+    return less_one;
+  };
   const auto exp_reference = [](double x) { return std::exp(x); };
   const auto log_reference = [](double x) { return std::log(x); };
 
@@ -140,7 +150,9 @@ void test_accuracy() {
       -inf, inf, {exp_overflow, -87.0f, -87.33655f, -103.972f, -104.0f, 89.0f, -17.3f, 16.6f}, half_ln2};
   check_function("exp", 1.0, reals, [](f32v x) { return exp(x); }, exp_reference);
   check_function("exp (both)", 1.0, reals, exp_of_both, exp_reference);
+  check_function("exp (with expm1)", 1.0, reals, exp_with_expm1, exp_reference);
   check_function("expm1", 1.5, reals, [](f32v x) { return expm1(x); }, [](double x) { return std::expm1(x); });
+  check_function("expm1 (with exp)", 3.5, reals, expm1_with_exp, [](double x) { return std::expm1(x); });
   const Domain with_switch = {
       -inf, inf, {exp_overflow, 30.0f, -30.0f, 0.5f, -0.5f, 0x1p-12f, -0x1p-12f, 1e-19f}, half_ln2};
   check_function("expm1mx", 2.5, with_switch, [](f32v x) { return expm1mx(x); }, expm1mx_reference);

@@ -50,9 +50,14 @@ bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b &&
 template <class T>
 void test_widen_is_exact() {
   for (uint32_t bits = 0; bits < 0x10000; bits += lanes<float>) {
-    T raw[lanes<float>], back[lanes<float>];
-    for (int i = 0; i < lanes<float>; ++i) raw[i].bits = static_cast<uint16_t>(bits + static_cast<uint32_t>(i));
-    const f32v wide = load(raw);
+    T raw[2 * lanes<float>], back[lanes<float>];
+    for (int i = 0; i < lanes<float>; ++i) {
+      raw[i].bits = raw[2 * lanes<float> - 1 - i].bits = static_cast<uint16_t>(bits + static_cast<uint32_t>(i));
+    }
+    const f32v wide = load(raw), reversed = load(raw + lanes<float>);
+    f32v pair[2];
+    load_pair(raw, pair);
+    CHECK(std::memcmp(&pair[0], &wide, sizeof wide) == 0 && std::memcmp(&pair[1], &reversed, sizeof wide) == 0);
     store(back, wide);
     for (int i = 0; i < lanes<float>; ++i) {
       const double want = value_of<T>(raw[i].bits);
@@ -65,8 +70,12 @@ void test_widen_is_exact() {
 
 template <class T>
 void check_narrow(f32v x) {
-  T narrowed[lanes<float>];
+  T narrowed[lanes<float>], negative[lanes<float>], pair[2 * lanes<float>];
   store(narrowed, x);
+  store(negative, -x);
+  store_pair(pair, {x, -x});
+  CHECK(std::memcmp(pair, narrowed, sizeof narrowed) == 0);
+  CHECK(std::memcmp(pair + lanes<float>, negative, sizeof negative) == 0);
   for (int i = 0; i < lanes<float>; ++i) {
     const double got = value_of<T>(narrowed[i].bits), want = nearest<T>(x[i]);
     CHECK_THAT(same(got, want), "narrow(%a) = %g, expected %g", static_cast<double>(x[i]), got, want);
