@@ -70,10 +70,12 @@ void define_schemas(StableLibrary& m) {
   m.def("categorical_kl_backward(Tensor grad, Tensor logits, Tensor? prior_logits, bool prior_gradient) -> (Tensor, Tensor)");
 
   // codebook
-  m.def("vq_assign(Tensor x, Tensor codebook) -> Tensor");
-  m.def("vq_quantize(Tensor x, Tensor codebook, float commitment_weight) -> (Tensor, Tensor, Tensor)");
-  m.def("vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices, float commitment_weight) -> (Tensor, Tensor)");
-  m.def("code_statistics(Tensor x, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)");
+  m.def("vq_assign(Tensor x, Tensor codebook, Tensor? mask, str metric, int topk) -> Tensor");
+  m.def("vq_quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str gradient, float commitment_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("vq_gather(Tensor x, Tensor codebook, Tensor indices, str gradient, float commitment_weight) -> (Tensor, Tensor)");
+  m.def("vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices, str gradient, float commitment_weight, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+  m.def("code_totals(Tensor x, Tensor indices, SymInt num_codes) -> Tensor");
+  m.def("update_codebook_(Tensor(a!) codebook, Tensor(b!) usage, Tensor(c!)? sums, Tensor counts, Tensor? batch_sums, Tensor? code_weight, Tensor? candidates, float decay, float eps, float revive_below, bool normalize) -> ()");
 
   // sparse
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");

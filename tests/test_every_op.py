@@ -130,7 +130,9 @@ def test_strides_do_not_matter(case, device):
 BATCHED = ("mean", "scale", "prior_mean", "prior_scale", "mask", "shape", "x", "parameters", "values", "indices")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "key" not in c.options and "shape" not in c.options], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.batched and "key" not in c.options and "shape" not in c.options], ids=str
+)
 def test_empty_batch(case, device):
     tensors = case.tensors(torch.float32, device)
     empty = {k: v[:0] if k in BATCHED else v for k, v in tensors.items()}
@@ -209,14 +211,15 @@ def test_opcheck(schema):
     calls = recorded_calls()[schema]
     assert calls, f"no case of tests/cases.py reaches isthmus::{schema}"
     for func, args in calls[:4]:
-        floats = any(isinstance(a, torch.Tensor) and a.is_floating_point() for a in args)
+        # What is written in place must not be a leaf that requires a gradient.
+        floats = not func._schema.is_mutable and any(isinstance(a, torch.Tensor) and a.is_floating_point() for a in args)
         leaves = tree_map(
             lambda a: a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a, args
         )
         torch.library.opcheck(func, leaves if floats else args)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", [s for s in SCHEMAS if not s.endswith("_")])
 def test_batching(schema):
     """vmap over the first tensor argument equals a Python loop."""
     for func, args in recorded_calls()[schema][:3]:

@@ -1,5 +1,5 @@
-// Vector quantization: nearest code, its gradient, and the statistics of a codebook update; free of torch. All pointers
-// are to contiguous memory.
+// Vector quantization: nearest codes, their gradient, and the statistics and updates of a codebook; free of torch. All
+// pointers are to contiguous memory but for x, whose rows and heads may be apart.
 #pragma once
 
 #include <cstdint>
@@ -9,31 +9,44 @@
 
 namespace isthmus {
 
-// For each row of x the code of least |x - c|²: the lowest index on ties, 0 if no distance is a number.
+// What the best code has most of: -|x - c|², x·c / |c| (0 for a code of zeros) or x·c.
+enum class Metric { euclidean, cosine, inner_product };
+
+// How the quantized vector passes its gradient on: to x unchanged, to x through the rotation and scaling that takes x
+// to its code, or to the code.
+enum class CodeGradient { straight_through, rotation, codebook };
+
+// For each row of x its best codes, best first, the lower index first among equals. The order is that of the scores in
+// exact arithmetic, up to the rounding of float64. A row that holds a NaN gets the indices 0, 1, …; a code that holds
+// one comes last.
 struct CodeSearch {
   DType dtype;
-  int64_t rows, codes, dim;
-  const void* x;         // [rows, dim]
-  const void* codebook;  // [codes, dim], codes >= 1
-  int64_t* indices;      // [rows]
-  void* quantized;       // [rows, dim]: the codes themselves
-  void* squared_error;   // [rows] in the accumulate type; null if only the indices are wanted
+  Metric metric;
+  int64_t heads, rows, codes, dim, best;  // each head has a codebook of its own; 1 <= best <= codes
+  const void* x;                          // row r of head h begins at x[h · head_stride + r · row_stride]
+  int64_t head_stride, row_stride;
+  const void* codebook;  // [heads, codes, dim], codes >= 1
+  const bool* mask;      // [heads, rows]; false: all indices are -1. null: every row counts
+  int64_t* indices;      // [heads, rows, best]
+  void* quantized;       // [heads, rows, dim]: the best codes themselves, zeros where masked
+  void* squared_error;   // [heads, rows] in the accumulate type: |x - c|², 0 where masked; null: only the indices
   void* workspace;       // CUDA: cuda::codebook_workspace() bytes; the CPU brings its own
 };
 
-// Of the straight-through estimate: with t = 2 (x - c) · grad_error, grad_x = grad_quantized + commitment_weight · t
-// and grad_codebook[k] = -Σ t over the rows of code k.
+// With t = 2 (x - c) · grad_error: grad_x = (what CodeGradient sends to x) + commitment_weight · t, grad_codebook[k] =
+// Σ over the rows of code k of (what CodeGradient sends to the code) - t. Rows of index -1 are left out: grad_x is 0.
 struct QuantizeBackward {
   DType dtype;
-  int64_t rows, codes, dim;
+  CodeGradient gradient;
+  int64_t heads, rows, codes, dim;
   double commitment_weight;
-  const void* grad_quantized;  // [rows, dim]
-  const void* grad_error;      // [rows] in the accumulate type
-  const void* x;               // [rows, dim]
-  const void* codebook;        // [codes, dim]
-  const int64_t* indices;      // [rows], each in [0, codes)
-  void* grad_x;                // [rows, dim]
-  void* grad_codebook;         // [codes, dim]
+  const void* grad_quantized;  // [heads, rows, dim]
+  const void* grad_error;      // [heads, rows] in the accumulate type
+  const void* x;               // [heads, rows, dim]
+  const void* codebook;        // [heads, codes, dim]
+  const int64_t* indices;      // [heads, rows], each in [-1, codes)
+  void* grad_x;                // [heads, rows, dim]; null: not wanted
+  void* grad_codebook;         // [heads, codes, dim]; null: not wanted, and then nothing is sorted
   void* workspace;
 };
 
@@ -42,16 +55,41 @@ struct CodeStatistics {
   DType dtype;
   int64_t rows, codes, dim;
   const void* x;           // [rows, dim]
-  const int64_t* indices;  // [rows], each in [0, codes)
+  const int64_t* indices;  // [rows], each in [-1, codes); rows of index -1 are left out
   void* counts;            // [codes] in the accumulate type
   void* sums;              // [codes, dim] in the accumulate type
   void* workspace;
 };
 
+// One step of a codebook that learns by moving averages, in place. For each head, with its N = Σ counts and
+// r_k = (1 - decay) · (weight of code k):
+//     usage_k ← usage_k + r_k (counts_k · codes / N - usage_k)        in units of the mean hits of a code
+//     sums_k  ← sums_k  + r_k (batch_sums_k · codes / N - sums_k)
+//     code_k  ← sums_k / smoothed usage_k,   smoothed = (usage_k + epsilon) · U / (U + codes · epsilon), U = Σ usage
+// A code with a usage of 1e-12 or less stays where it is: the quotient has lost its digits. Then a code whose usage is
+// below revive_below becomes its candidate, with a usage of 1. A head with N = 0 is left as it is.
+struct CodebookUpdate {
+  DType dtype;  // of codebook and candidates; all else is in the accumulate type
+  int64_t heads, codes, dim;
+  double decay, epsilon, revive_below;
+  bool normalize;      // codes, and what is revived, are scaled to length 1; zeros stay
+  const void* counts;  // [heads, codes]
+  const void*
+      batch_sums;  // [heads, codes, dim]; null, with sums: the codebook learns otherwise, only usage is averaged
+  const void* code_weight;  // [heads, codes]; null: all 1
+  const void* candidates;   // [heads, codes, dim], one with a NaN is none; null: nothing is revived
+  void* usage;              // [heads, codes]
+  void* sums;               // [heads, codes, dim]
+  void* codebook;           // [heads, codes, dim]
+  void* workspace;
+};
+
 struct CodebookKernels {
   void (*search)(const CodeSearch&);
+  void (*gather)(const CodeSearch&);  // for indices that are given, -1 for masked rows: quantized and squared_error
   void (*backward)(const QuantizeBackward&);
   void (*statistics)(const CodeStatistics&);
+  void (*update)(const CodebookUpdate&);
 };
 
 ISTHMUS_DECLARE_KERNELS(CodebookKernels, codebook)
@@ -63,9 +101,12 @@ namespace cuda {
 int64_t codebook_workspace(const CodeSearch&);
 int64_t codebook_workspace(const QuantizeBackward&);
 int64_t codebook_workspace(const CodeStatistics&);
+int64_t codebook_workspace(const CodebookUpdate&);
 void codebook_search(const CodeSearch&, void* stream);
+void codebook_gather(const CodeSearch&, void* stream);
 void codebook_backward(const QuantizeBackward&, void* stream);
 void codebook_statistics(const CodeStatistics&, void* stream);
+void codebook_update(const CodebookUpdate&, void* stream);
 }  // namespace cuda
 
 }  // namespace isthmus

@@ -11,37 +11,52 @@
 namespace isthmus {
 namespace {
 
-// Position of the first index outside [0, groups), or -1.
-inline int64_t find_outside(const int64_t* index, int64_t count, int64_t groups) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (index[i] < 0 || index[i] >= groups) return i;
+// Position of the first index outside [lowest, groups), or -1. Only a block that holds one is looked at twice: in the
+// rest an index costs three vector operations, as its own sign or that of its distance from the last one tells.
+inline int64_t find_outside(const int64_t* index, int64_t count, int64_t groups, int64_t lowest = 0) {
+  constexpr int64_t block = 1024;
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t end = first + block < count ? first + block : count;
+    uint64_t signs = 0;
+    for (int64_t i = first; i < end; ++i) {
+      const uint64_t value = static_cast<uint64_t>(index[i]);
+      signs |= (value - static_cast<uint64_t>(lowest)) | (static_cast<uint64_t>(groups - 1) - value);
+    }
+    if (signs >> 63 == 0) continue;
+    for (int64_t i = first; i < end; ++i) {
+      if (index[i] < lowest || index[i] >= groups) return i;
+    }
   }
   return -1;
 }
 
-// Stable counting sort; every index lies in [0, count). Group g holds items[starts[g]] … items[starts[g + 1] - 1],
-// ascending. O(items + groups) time and memory.
+// Stable counting sort. Every index lies in [0, count), or is negative: then its item belongs to no group. Group g
+// holds items[starts[g]] … items[starts[g + 1] - 1], ascending. O(indices + groups) time and memory.
 struct Groups {
-  const int64_t count, num_items;
+  const int64_t count;
   Buffer<int64_t> starts;  // [count + 1]
-  Buffer<int64_t> items;   // [num_items]
+  Buffer<int64_t> items;   // those that belong to a group come first
 
-  Groups(const int64_t* index, int64_t num_items_, int64_t count_)
-      : count(count_), num_items(num_items_), starts(count + 1), items(num_items) {
+  int64_t num_items() const { return starts.data[count]; }
+
+  Groups(const int64_t* index, int64_t num_indices, int64_t count_)
+      : count(count_), starts(count + 1), items(num_indices) {
     // Chunks of items count and place independently. Their histograms together are no larger than the index itself.
-    const int64_t chunk = count > 16 * 1024 ? count : 16 * 1024, chunks = (num_items + chunk - 1) / chunk;
+    const int64_t chunk = count > 16 * 1024 ? count : 16 * 1024, chunks = (num_indices + chunk - 1) / chunk;
     Buffer<int64_t> places(chunks * count);  // [chunk][group]: first how many items, then where the next one goes
     const auto each_chunk = [&](auto&& visit) {
       parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
-          const int64_t last = (c + 1) * chunk < num_items ? (c + 1) * chunk : num_items;
+          const int64_t last = (c + 1) * chunk < num_indices ? (c + 1) * chunk : num_indices;
           visit(places.data + c * count, c * chunk, last);
         }
       });
     };
     each_chunk([&](int64_t* place, int64_t first, int64_t last) {
       for (int64_t g = 0; g < count; ++g) place[g] = 0;
-      for (int64_t i = first; i < last; ++i) ++place[index[i]];
+      for (int64_t i = first; i < last; ++i) {
+        if (index[i] >= 0) ++place[index[i]];
+      }
     });
     int64_t next = 0;
     for (int64_t g = 0; g < count; ++g) {
@@ -54,7 +69,9 @@ struct Groups {
     }
     starts.data[count] = next;
     each_chunk([&](int64_t* place, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) items.data[place[index[i]]++] = i;
+      for (int64_t i = first; i < last; ++i) {
+        if (index[i] >= 0) items.data[place[index[i]]++] = i;
+      }
     });
   }
 
@@ -73,11 +90,15 @@ struct Groups {
 // write(group, sum) receives each group's sum once, zeros for an empty group. Both are called from several threads.
 //
 // Sorted items are cut into chunks of a fixed size, so threads share the work evenly even if one group holds most of
-// the items; a group that crosses a border is put together from its partial sums, in order.
+// the items; a group that crosses a border is put together from its partial sums, in order. The chunks grow with the
+// width, so that the partial sums of any problem fit into a few dozen megabytes.
 template <class C, class Add, class Write>
 inline void sum_groups(const Groups& groups, int64_t width, Add&& add, Write&& write) {
-  constexpr int64_t chunk = 512;
-  const int64_t chunks = (groups.num_items + chunk - 1) / chunk;
+  constexpr int64_t least_chunk = 512, max_partial = 4 << 20;
+  const int64_t num_items = groups.num_items(), max_chunks = max_partial / (2 * width + 1) + 1;
+  const int64_t fair_chunk = (num_items + max_chunks - 1) / max_chunks;
+  const int64_t chunk = fair_chunk < least_chunk ? least_chunk : fair_chunk;
+  const int64_t chunks = (num_items + chunk - 1) / chunk;
   const int64_t* starts = groups.starts.data;
   // What a chunk adds to the group it starts in the middle of (head), and to the one it breaks off (tail).
   Buffer<C> partial(chunks * 2 * width);
@@ -87,7 +108,7 @@ inline void sum_groups(const Groups& groups, int64_t width, Add&& add, Write&& w
   parallel_for(chunks, grain_elements / (chunk * width + 1) + 1, [&](int64_t begin, int64_t end) {
     Buffer<C> whole(width);
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * chunk, last = first + chunk < groups.num_items ? first + chunk : groups.num_items;
+      const int64_t first = c * chunk, last = first + chunk < num_items ? first + chunk : num_items;
       int64_t g = groups.group_at(first);
       for (int64_t i = first; i < last; ++g) {
         const bool enters = first > starts[g], leaves = last < starts[g + 1];

@@ -12,6 +12,9 @@ constexpr int64_t tile_elements = 512;        // a dozen buffers of this many el
 constexpr int64_t chunk_columns = 16 * 1024;  // wider rows are shared between threads
 constexpr int64_t grain_elements = 8 * 1024;  // below this much work a second thread costs more than it brings
 
+// Work items of `elements` elements each: how many a second thread must bring to be worth its while.
+inline int64_t grain_of(int64_t elements) { return grain_elements / (elements + 1) + 1; }
+
 struct RowTiles {
   int64_t rows, cols;
   int64_t rows_per_item, cols_per_item, chunks_per_row, items;

@@ -22,6 +22,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     smooth: tuple[int, ...] = (0,)  # outputs whose gradient is the true derivative of their value
     options: dict[str, Any] = field(default_factory=dict)
+    batched: bool = True  # the first dimension of the inputs is a batch, which may be empty
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:
         """Inputs rounded to `dtype`: the same draw for every dtype."""

@@ -2,7 +2,7 @@
 
 from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
-from isthmus.ops.codebook import code_statistics, vq_assign, vq_quantize
+from isthmus.ops.codebook import code_statistics, code_totals, update_codebook_, vq_assign, vq_match, vq_quantize
 from isthmus.ops.divergence import gaussian_kl, log_mean_exp
 from isthmus.ops.gaussian import gaussian_noise, gaussian_sample, gaussian_sample_kl, gaussian_sample_log_prob
 from isthmus.ops.likelihood import (
@@ -19,6 +19,7 @@ __all__ = [
     "bayes_linear",
     "categorical_kl",
     "code_statistics",
+    "code_totals",
     "component_log_prob",
     "discretized_gaussian_nll",
     "discretized_logistic_mixture_nll",
@@ -37,6 +38,8 @@ __all__ = [
     "mmd",
     "sparse_decode",
     "topk_encode",
+    "update_codebook_",
     "vq_assign",
+    "vq_match",
     "vq_quantize",
 ]

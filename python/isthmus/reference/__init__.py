@@ -7,7 +7,7 @@ searches also accepts the ``indices`` of an earlier search, to hold a selection 
 
 from isthmus.reference.bayes import bayes_linear
 from isthmus.reference.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
-from isthmus.reference.codebook import code_statistics, vq_assign, vq_quantize
+from isthmus.reference.codebook import code_statistics, code_totals, update_codebook_, vq_assign, vq_match, vq_quantize
 from isthmus.reference.divergence import gaussian_kl, log_mean_exp
 from isthmus.reference.gaussian import (
     gaussian_noise,
@@ -29,6 +29,7 @@ __all__ = [
     "bayes_linear",
     "categorical_kl",
     "code_statistics",
+    "code_totals",
     "component_log_prob",
     "discretized_gaussian_nll",
     "discretized_logistic_mixture_nll",
@@ -47,6 +48,8 @@ __all__ = [
     "mmd",
     "sparse_decode",
     "topk_encode",
+    "update_codebook_",
     "vq_assign",
+    "vq_match",
     "vq_quantize",
 ]
