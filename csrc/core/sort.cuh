@@ -1,7 +1,8 @@
 // Items grouped by an integer index on CUDA: what core/sort.h does on the CPU, by CUB's stable radix sort. Sums over a
 // group run in item order, in chunks of a fixed size: the same bits every time, without float atomics.
 //
-// Nothing waits for the device. An index out of range stops it with a message, as torch's own indexing does.
+// Items of index -1 belong to no group. Nothing waits for the device. An index out of range stops it with a message, as
+// torch's own indexing does.
 #pragma once
 
 #include <cstdio>
@@ -30,27 +31,31 @@ struct Arena {
 
 constexpr int sort_threads = 128;
 
+// Stops the device at an index outside [lowest, end).
+__device__ __forceinline__ void check_index(int64_t index, int64_t lowest, int64_t end) {
+  if (index >= lowest && index < end) return;
+  printf("isthmus: indices holds %lld; expected %lld <= index < %lld\n", static_cast<long long>(index),
+         static_cast<long long>(lowest), static_cast<long long>(end));
+  __trap();
+}
+
 __global__ void __launch_bounds__(sort_threads)
-    number_items_kernel(const int64_t* index, int64_t num_items, int64_t groups, int64_t* numbers) {
+    number_items_kernel(const int64_t* index, int64_t num_items, int64_t lowest, int64_t groups, int64_t* numbers) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * sort_threads + threadIdx.x;
   if (i >= num_items) return;
-  if (index[i] < 0 || index[i] >= groups) {
-    printf("isthmus: indices holds %lld; expected 0 <= index < %lld\n", static_cast<long long>(index[i]),
-           static_cast<long long>(groups));
-    __trap();
-  }
+  check_index(index[i], lowest, groups);
   numbers[i] = i;
 }
 
 // starts[g] = the first position whose key is at least g, for g = 0 … groups.
 __global__ void __launch_bounds__(sort_threads)
-    find_starts_kernel(const int64_t* keys, int64_t num_items, int64_t groups, int64_t* starts) {
+    find_starts_kernel(const uint64_t* keys, int64_t num_items, int64_t groups, int64_t* starts) {
   const int64_t g = static_cast<int64_t>(blockIdx.x) * sort_threads + threadIdx.x;
   if (g > groups) return;
   int64_t low = 0, high = num_items;  // keys before low are below g, keys from high on are not
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (keys[middle] < g) {
+    if (keys[middle] < static_cast<uint64_t>(g)) {
       low = middle + 1;
     } else {
       high = middle;
@@ -60,25 +65,28 @@ __global__ void __launch_bounds__(sort_threads)
 }
 
 // Group g holds items[starts[g]] … items[starts[g + 1] - 1], ascending; keys[p] is the group of the item at position p.
+// Keys have no sign: the items of no group, of index -1, come last, from starts[count] on.
 struct Groups {
   int64_t count, num_items;
-  int64_t *numbers, *keys, *items, *starts;
+  int64_t *numbers, *items, *starts;
+  uint64_t* keys;
   void* temporary;
   size_t temporary_bytes = 0;
 
   // Lays out the memory; nothing is launched.
   Groups(int64_t num_items_, int64_t count_, Arena& arena) : count(count_), num_items(num_items_) {
     numbers = arena.take<int64_t>(num_items);
-    keys = arena.take<int64_t>(num_items);
+    keys = arena.take<uint64_t>(num_items);
     items = arena.take<int64_t>(num_items);
     starts = arena.take<int64_t>(count + 1);
     radix_sort(nullptr, nullptr, temporary_bytes, nullptr);
     temporary = arena.take<char>(static_cast<int64_t>(temporary_bytes));
   }
 
-  void sort(const int64_t* index, void* stream) {
+  // lowest: of the indices, 0 or -1.
+  void sort(const int64_t* index, int64_t lowest, void* stream) {
     launch("number_items", number_items_kernel, divide_up(num_items, sort_threads), sort_threads, 0, stream, index,
-           num_items, count, numbers);
+           num_items, lowest, count, numbers);
     if (num_items > 0) radix_sort(index, temporary, temporary_bytes, stream);
     launch("find_starts", find_starts_kernel, divide_up(count + 1, sort_threads), sort_threads, 0, stream, keys,
            num_items, count, starts);
@@ -87,10 +95,10 @@ struct Groups {
  private:
   // With null memory it stores the size it needs.
   void radix_sort(const int64_t* index, void* memory, size_t& bytes, void* stream) {
-    int end_bit = 1;
-    while (end_bit < 63 && (int64_t{1} << end_bit) < count) ++end_bit;
-    check(cub::DeviceRadixSort::SortPairs(memory, bytes, index, keys, numbers, items, num_items, 0, end_bit,
-                                          static_cast<cudaStream_t>(stream)),
+    int end_bit = 1;  // the lowest bits of -1 are more than those of any group
+    while (end_bit < 63 && (int64_t{1} << end_bit) <= count) ++end_bit;
+    check(cub::DeviceRadixSort::SortPairs(memory, bytes, reinterpret_cast<const uint64_t*>(index), keys, numbers, items,
+                                          num_items, 0, end_bit, static_cast<cudaStream_t>(stream)),
           "radix sort");
   }
 };
@@ -102,11 +110,9 @@ struct Groups {
 //     Number share(int64_t item, int64_t group, int64_t column)       what an item adds to its group
 //     void write(int64_t group, int64_t column, Number sum)          receives each sum once; zero for an empty group
 
-constexpr int64_t items_per_chunk = 32;
-
 struct GroupSumsLayout {
   Groups groups;
-  int64_t width, chunks;
+  int64_t width, items_per_chunk, chunks;
   int columns;  // threads that share a chunk, one column each at a time; a power of two
   void*
       partial;  // [chunks][2][width]: sums of the group that a chunk enters in the middle, and of the one it breaks off
@@ -119,13 +125,13 @@ __global__ void __launch_bounds__(sort_threads) sum_chunks_kernel(GroupSumsLayou
   const int64_t teams = sort_threads / layout.columns;
   const int64_t chunk = blockIdx.x * teams + threadIdx.x / layout.columns;
   if (chunk >= layout.chunks) return;
-  const int64_t first = chunk * items_per_chunk;
-  const int64_t last = first + items_per_chunk < groups.num_items ? first + items_per_chunk : groups.num_items;
+  const int64_t first = chunk * layout.items_per_chunk, limit = first + layout.items_per_chunk;
+  const int64_t grouped = groups.starts[groups.count], last = limit < grouped ? limit : grouped;
   C* head = static_cast<C*>(layout.partial) + 2 * chunk * layout.width;
   C* tail = head + layout.width;
   for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
     for (int64_t i = first; i < last;) {
-      const int64_t g = groups.keys[i], end = groups.starts[g + 1];
+      const int64_t g = static_cast<int64_t>(groups.keys[i]), end = groups.starts[g + 1];
       const bool enters = groups.starts[g]<first, leaves = end> last;
       const int64_t stop = leaves ? last : end;
       C sum = 0;
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(sort_threads) sum_rest_kernel(GroupSumsLayout 
   if (g >= groups.count) return;
   const int64_t begin = groups.starts[g], end = groups.starts[g + 1];
   const bool empty = begin == end;
-  const int64_t first = begin / items_per_chunk, last = empty ? first : (end - 1) / items_per_chunk;
+  const int64_t first = begin / layout.items_per_chunk, last = empty ? first : (end - 1) / layout.items_per_chunk;
   if (!empty && first == last) return;  // written by sum_chunks_kernel
   const C* partial = static_cast<const C*>(layout.partial);
   for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
@@ -167,19 +173,30 @@ __global__ void __launch_bounds__(sort_threads) sum_rest_kernel(GroupSumsLayout 
 template <class C>
 struct GroupSums : GroupSumsLayout {
   GroupSums(int64_t num_items, int64_t count, int64_t width_, Arena& arena)
-      : GroupSumsLayout{Groups(num_items, count, arena), width_, divide_up(num_items, items_per_chunk), 1, nullptr} {
+      : GroupSumsLayout{Groups(num_items, count, arena), width_, chunk_size(num_items, width_), 0, 1, nullptr} {
+    chunks = divide_up(num_items, items_per_chunk);
     while (columns < sort_threads && columns < width) columns *= 2;
     partial = arena.take<C>(2 * chunks * width);
   }
 
+  // lowest: of the indices, 0 or -1.
   template <class Body>
-  void run(const int64_t* index, const Body& body, void* stream) {
+  void run(const int64_t* index, int64_t lowest, const Body& body, void* stream) {
     static_assert(std::is_same_v<typename Body::Number, C>);
-    groups.sort(index, stream);
+    groups.sort(index, lowest, stream);
     const int64_t teams = sort_threads / columns;
     const GroupSumsLayout& layout = *this;
     launch("sum_chunks", sum_chunks_kernel<Body>, divide_up(chunks, teams), sort_threads, 0, stream, layout, body);
     launch("sum_rest", sum_rest_kernel<Body>, divide_up(groups.count, teams), sort_threads, 0, stream, layout, body);
+  }
+
+ private:
+  // Chunks grow with the items: partial sums take memory for enough chunks to fill the device, not for each 32 items.
+  static int64_t chunk_size(int64_t num_items, int64_t width) {
+    constexpr int64_t min_items = 32, min_chunks = 8192, min_numbers = 1 << 20;
+    const int64_t narrow = width < 1 ? min_numbers : min_numbers / width;
+    const int64_t size = divide_up(num_items, narrow > min_chunks ? narrow : min_chunks);
+    return size > min_items ? size : min_items;
   }
 };
 

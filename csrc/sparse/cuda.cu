@@ -542,7 +542,7 @@ void sparse_encode_backward(const TopkEncodeBackward& args, void* stream) {
     EncodeBackwardPlan<Compute<T>> plan(args, arena);
     const WeightSums<T> body{coefficients, static_cast<const T*>(args.x),     args.k,
                              args.cols,    static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias)};
-    plan.sums.run(args.indices, body, stream);
+    plan.sums.run(args.indices, 0, body, stream);
     const SparseDecode to_x{.dtype = args.dtype,
                             .rows = args.rows,
                             .cols = args.cols,
@@ -565,7 +565,7 @@ void sparse_decode_backward(const SparseDecodeBackward& args, void* stream) {
     DecodeBackwardPlan<C> plan(args, arena);
     const Coefficients<T> coefficients{static_cast<const T*>(args.values), nullptr};
     const WeightSums<T> body{coefficients, grad, args.k, args.cols, static_cast<T*>(args.grad_weight), nullptr};
-    plan.sums.run(args.indices, body, stream);
+    plan.sums.run(args.indices, 0, body, stream);
     dispatch_pack<T>(
         args.cols,
         [&]<int N>() {
