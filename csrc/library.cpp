@@ -77,6 +77,15 @@ void define_schemas(StableLibrary& m) {
   m.def("code_totals(Tensor x, Tensor indices, SymInt num_codes) -> Tensor");
   m.def("update_codebook_(Tensor(a!) codebook, Tensor(b!) usage, Tensor(c!)? sums, Tensor counts, Tensor? batch_sums, Tensor? code_weight, Tensor? candidates, float decay, float eps, float revive_below, bool normalize) -> ()");
 
+  // assignment
+  m.def("vq_sample(Tensor x, Tensor codebook, Tensor? mask, Tensor key, str metric, float temperature) -> Tensor");
+  m.def("vq_soft_quantize(Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool hard) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("vq_soft_quantize_backward(Tensor grad, Tensor soft, Tensor normalizer, Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+  m.def("vq_soft_statistics(Tensor x, Tensor codebook, Tensor? mask, str metric, float temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("vq_soft_statistics_backward(Tensor? grad_entropy, Tensor? grad_usage, Tensor entropy, Tensor normalizer, Tensor x, Tensor codebook, Tensor? mask, str metric, float temperature, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+  m.def("vq_cross_entropy(Tensor x, Tensor codebook, Tensor indices, str metric, float temperature) -> (Tensor, Tensor)");
+  m.def("vq_cross_entropy_backward(Tensor grad, Tensor normalizer, Tensor x, Tensor codebook, Tensor indices, str metric, float temperature, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+
   // sparse
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
   m.def("topk_encode_backward(Tensor grad, Tensor x, Tensor weight, Tensor values, Tensor indices, str activation) -> (Tensor, Tensor, Tensor)");

@@ -3,6 +3,7 @@
 The generic tests (test_every_op.py) run over all of them; what is particular to a family stands in tests/ops/.
 """
 
+from cases.assignment import assignment_cases
 from cases.bayes import bayes_cases
 from cases.case import Case, as_tuple
 from cases.categorical import categorical_cases
@@ -20,6 +21,7 @@ CASES = (
     + pairwise_cases()
     + categorical_cases()
     + codebook_cases()
+    + assignment_cases()
     + sparse_cases()
     + bayes_cases()
 )

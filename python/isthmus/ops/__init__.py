@@ -1,5 +1,6 @@
 """The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
 
+from isthmus.ops.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.ops.codebook import code_statistics, code_totals, update_codebook_, vq_assign, vq_match, vq_quantize
@@ -40,6 +41,10 @@ __all__ = [
     "topk_encode",
     "update_codebook_",
     "vq_assign",
+    "vq_cross_entropy",
     "vq_match",
     "vq_quantize",
+    "vq_sample",
+    "vq_soft_quantize",
+    "vq_soft_statistics",
 ]

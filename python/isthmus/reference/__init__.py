@@ -5,6 +5,7 @@ too. Two things differ. What is random there takes its ``noise`` as a tensor her
 searches also accepts the ``indices`` of an earlier search, to hold a selection fixed.
 """
 
+from isthmus.reference.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.reference.bayes import bayes_linear
 from isthmus.reference.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
 from isthmus.reference.codebook import code_statistics, code_totals, update_codebook_, vq_assign, vq_match, vq_quantize
@@ -50,6 +51,10 @@ __all__ = [
     "topk_encode",
     "update_codebook_",
     "vq_assign",
+    "vq_cross_entropy",
     "vq_match",
     "vq_quantize",
+    "vq_sample",
+    "vq_soft_quantize",
+    "vq_soft_statistics",
 ]
