@@ -7,10 +7,16 @@ set(ISTHMUS_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(ISTHMUS_ISA_FLAGS_avx512
     -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
+# Only families that have such a file: the others share the table of avx512 (core/isa.h).
+set(ISTHMUS_ISA_FLAGS_avx512_bf16 ${ISTHMUS_ISA_FLAGS_avx512} -mavx512bf16)
+set(ISTHMUS_ISA_FLAGS_amx ${ISTHMUS_ISA_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
+
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(ISTHMUS_ISA_LEVELS baseline avx2 avx512)
+  set(ISTHMUS_MATRIX_LEVELS avx512_bf16 amx)
 else()
   set(ISTHMUS_ISA_LEVELS baseline)
+  set(ISTHMUS_MATRIX_LEVELS)
 endif()
 
 # -O2 at the least even in Debug (an unoptimised build emits weak copies of inline functions), never LTO, and
@@ -21,8 +27,11 @@ set(ISTHMUS_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-ma
 
 function(isthmus_add_kernels target)
   foreach(family IN LISTS ARGN)
-    foreach(level IN LISTS ISTHMUS_ISA_LEVELS)
+    foreach(level IN LISTS ISTHMUS_ISA_LEVELS ISTHMUS_MATRIX_LEVELS)
       set(source "${PROJECT_SOURCE_DIR}/csrc/${family}/cpu_${level}.cpp")
+      if(level IN_LIST ISTHMUS_MATRIX_LEVELS AND NOT EXISTS "${source}")
+        continue()
+      endif()
       set_source_files_properties(
         "${source}" TARGET_DIRECTORY ${target}
         PROPERTIES COMPILE_OPTIONS "${ISTHMUS_KERNEL_FLAGS};${ISTHMUS_ISA_FLAGS_${level}}")

@@ -33,7 +33,8 @@ def test_only_the_stable_abi_is_used():
 @needs_nm
 def test_simd_objects_export_no_weak_symbol():
     """The linker keeps one copy of a weak symbol: one compiled for AVX-512 could end up in code for older CPUs."""
-    objects = [p for level in ("avx2", "avx512") for p in ROOT.glob(f"build/**/cpu_{level}.cpp.o")]
+    levels = ("avx2", "avx512", "avx512_bf16", "amx")
+    objects = [path for level in levels for path in ROOT.glob(f"build/**/cpu_{level}.cpp.o")]
     if not objects:
         pytest.skip("installed from a wheel: the object files are not here")
     for path in objects:

@@ -92,7 +92,7 @@ struct CodebookKernels {
   void (*update)(const CodebookUpdate&);
 };
 
-ISTHMUS_DECLARE_KERNELS(CodebookKernels, codebook)
+ISTHMUS_DECLARE_MATRIX_KERNELS(CodebookKernels, codebook)
 
 // CUDA: the same arguments with device pointers, fewer than 2³¹ codes. Launches on `stream` (a cudaStream_t) of the
 // current device and returns without waiting. Indices cannot be checked beforehand without waiting, so an index out of

@@ -63,61 +63,10 @@ ISTHMUS_INLINE void sum_group(const C* codes, int64_t dim, Term term, f64v (&sum
   }
 }
 
-// The codebook in groups of eight, for rescoring.
-template <class T>
-struct CodeGroups {
-  using C = Compute<T>;
-  const Metric metric;
-  const int64_t codes, dim, groups;
-  Buffer<C> numbers;       // [groups, dim, group_codes]
-  Buffer<double> lengths;  // [groups, group_codes]; of cosine only
-
-  CodeGroups(Metric metric_, const T* codebook, int64_t codes_, int64_t dim_)
-      : metric(metric_),
-        codes(codes_),
-        dim(dim_),
-        groups((codes + slab_codes<C> - 1) / slab_codes<C> * lanes<C>),  // whole slabs
-        numbers(groups * dim * group_codes),
-        lengths(metric == Metric::cosine ? groups * group_codes : 0) {
-    parallel_for(groups, grain_of(group_codes * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) pack(g, codebook + g * group_codes * dim);
-    });
-  }
-
-  const C* group(int64_t g) const { return numbers.data + g * dim * group_codes; }
-
-  void pack(int64_t g, const T* first) const {
-    const int64_t left = codes - g * group_codes;
-    pack_rows<group_codes>(first, dim, left < 0 ? 0 : left, dim, numbers.data + g * dim * group_codes);
-    if (metric != Metric::cosine) return;
-    f64v squares[group_parts];
-    sum_group(group(g), dim, [](int64_t, f64v c) { return c * c; }, squares);
-    for (int p = 0; p < group_parts; ++p) {
-      store(lengths.data + g * group_codes + p * lanes<double>, sqrt(squares[p]));
-    }
-  }
-
-  // scores[j] of the codes of group g.
-  ISTHMUS_NOINLINE void score(const double* x, int64_t g, double* scores) const {
-    f64v sums[group_parts];
-    if (metric == Metric::euclidean) {
-      sum_group(group(g), dim, [&](int64_t k, f64v c) { return (x[k] - c) * (x[k] - c); }, sums);
-    } else {
-      sum_group(group(g), dim, [&](int64_t k, f64v c) { return x[k] * c; }, sums);
-    }
-    for (int p = 0; p < group_parts; ++p) {
-      if (metric == Metric::euclidean) sums[p] = -sums[p];
-      if (metric == Metric::cosine) {
-        const f64v length = load(lengths.data + g * group_codes + p * lanes<double>);
-        sums[p] = length == 0 ? sums[p] : sums[p] / length;
-      }
-      store(scores + p * lanes<double>, sums[p]);
-    }
-  }
-};
-
 // The best codes of a row so far, best first: greater scores, then lower indices; what is not a number comes last.
 struct BestCodes {
+  static constexpr int64_t nobody = INT64_MAX;
+
   double* scores;
   int64_t* indices;
   int64_t count;
@@ -125,7 +74,7 @@ struct BestCodes {
   void clear() const {
     for (int64_t i = 0; i < count; ++i) {
       scores[i] = __builtin_nan("");
-      indices[i] = INT64_MAX;
+      indices[i] = nobody;
     }
   }
 
@@ -145,5 +94,88 @@ struct BestCodes {
     }
     scores[place] = score;
     indices[place] = index;
+  }
+
+  // The short way where one code is wanted; false if the group has no score that is finite.
+  ISTHMUS_INLINE bool meet_largest(const f64v (&group)[group_parts], int64_t first) const {
+    f64v top = f64v{} - __builtin_inf();
+#pragma GCC unroll 8
+    for (int p = 0; p < group_parts; ++p) top = greater(group[p], top);
+    const double largest = largest_lane<double>(top);
+    if (!(largest > -__builtin_inf())) return false;
+    if (largest <= scores[0]) return true;
+    unsigned equal = 0;
+#pragma GCC unroll 8
+    for (int p = 0; p < group_parts; ++p) equal |= lane_bits(group[p] == largest) << (p * lanes<double>);
+    scores[0] = largest;
+    indices[0] = first + __builtin_ctz(equal);
+    return true;
+  }
+
+  // A whole group. Groups come in ascending order, so that of equal scores the first to come stays.
+  ISTHMUS_INLINE void meet_group(const f64v (&group)[group_parts], int64_t first, int64_t left) const {
+    if (count == 1 && left >= group_codes && meet_largest(group, first)) return;
+    unsigned better = 0;
+#pragma GCC unroll 8
+    for (int p = 0; p < group_parts; ++p) better |= lane_bits(group[p] > scores[count - 1]) << (p * lanes<double>);
+    if (indices[count - 1] == nobody) better = ~0u;
+    better &= left < group_codes ? (1u << left) - 1 : (1u << group_codes) - 1;
+    for (; better != 0; better &= better - 1) {
+      const int j = __builtin_ctz(better);
+      meet(group[j / lanes<double>][j % lanes<double>], first + j);
+    }
+  }
+};
+
+// The codebook in groups of eight, for rescoring.
+template <class T>
+struct CodeGroups {
+  using C = Compute<T>;
+  const Metric metric;
+  const int64_t codes, dim, groups;
+  Buffer<C> numbers;       // [groups, dim, group_codes]
+  Buffer<double> lengths;  // [groups, group_codes]; of cosine only
+
+  CodeGroups(Metric metric_, const T* codebook, int64_t codes_, int64_t dim_)
+      : metric(metric_),
+        codes(codes_),
+        dim(dim_),
+        groups((codes + group_codes - 1) / group_codes),
+        numbers(groups * dim * group_codes),
+        lengths(metric == Metric::cosine ? groups * group_codes : 0) {
+    parallel_for(groups, grain_of(group_codes * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) pack(g, codebook + g * group_codes * dim);
+    });
+  }
+
+  const C* group(int64_t g) const { return numbers.data + g * dim * group_codes; }
+
+  void pack(int64_t g, const T* first) const {
+    const int64_t left = codes - g * group_codes;
+    pack_rows<group_codes>(first, dim, left, dim, numbers.data + g * dim * group_codes);
+    if (metric != Metric::cosine) return;
+    f64v squares[group_parts];
+    sum_group(group(g), dim, [](int64_t, f64v c) { return c * c; }, squares);
+    for (int p = 0; p < group_parts; ++p) {
+      store(lengths.data + g * group_codes + p * lanes<double>, sqrt(squares[p]));
+    }
+  }
+
+  // The codes of group g meet the best of the row x.
+  ISTHMUS_NOINLINE void rescore(const double* x, int64_t g, const BestCodes& best) const {
+    f64v sums[group_parts];
+    if (metric == Metric::euclidean) {
+      sum_group(group(g), dim, [&](int64_t k, f64v c) { return (x[k] - c) * (x[k] - c); }, sums);
+    } else {
+      sum_group(group(g), dim, [&](int64_t k, f64v c) { return x[k] * c; }, sums);
+    }
+    for (int p = 0; p < group_parts; ++p) {
+      if (metric == Metric::euclidean) sums[p] = -sums[p];
+      if (metric == Metric::cosine) {
+        const f64v length = load(lengths.data + g * group_codes + p * lanes<double>);
+        sums[p] = length == 0 ? sums[p] : sums[p] / length;
+      }
+    }
+    best.meet_group(sums, g * group_codes, codes - g * group_codes);
   }
 };

@@ -4,8 +4,14 @@
 // of eight neighbours is a maximum of vectors, lane by lane: no indices, one operation for each vector of scores, and
 // of the [N, K] scores an eighth is stored, for the rows in cache.
 //
-// A register tile is 6 rows by 4 vectors at AVX-512: 24 fused multiply-adds for ten loads. Rows are read where they
-// are.
+// A register tile is 6 rows by 4 vectors at AVX-512: 24 multiply-adds for ten loads. It multiplies *words*: a number of
+// the compute type or, in a coarse screen, a pair of bfloat16.
+
+#if defined(__AVX512BF16__)
+constexpr bool has_coarse_words = true;
+#else
+constexpr bool has_coarse_words = false;
+#endif
 
 constexpr int tile_height = 6;
 #if defined(__AVX512F__)
@@ -14,121 +20,110 @@ constexpr int tile_vectors = 4;  // of 32 registers
 constexpr int tile_vectors = 2;  // of 16 registers
 #endif
 
-template <class C>
-constexpr double rounding_unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
-// Where underflow begins, doubled: what flushing one number to zero may cost.
-template <class C>
-constexpr double smallest_normal = sizeof(C) == 4 ? 0x1p-125 : 0x1p-1021;
-// No product of two vectors shorter than the root of this overflows. Longer ones are *wild*: never screened, always
-// rescored.
-template <class C>
-constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
-
-// Bounds are evaluated in C. Each of their parts is first raised by more than that costs.
-template <class C>
-inline C raised(double bound) {
-  return static_cast<C>(bound * (1 + 64 * rounding_unit<C>));
+// Rounded to bfloat16, in the upper half of the word; for finite numbers.
+ISTHMUS_INLINE u32v bfloat_bits(f32v v) {
+  const u32v bits = (u32v)v;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
-// How far an approximate score may be from the exact one: slope · norm(group) + floor(group) + absolute. See "Nearest
-// code" in docs/numerics.md.
-template <class C>
-struct RowBound {
-  C slope = 0, absolute = 0;
-  bool wild = false, not_a_number = false;
-
-  RowBound() = default;
-  RowBound(const C* x, int64_t dim) {
-    const double square = squared_length(x, dim), depth = static_cast<double>(dim) + 16;
-    not_a_number = square != square;
-    wild = !(square < tame_square<C>);
-    if (wild) return;
-    const double length = __builtin_sqrt(square) * (1 + depth * 0x1p-52);
-    slope = raised<C>(2 * depth * rounding_unit<C> * length);
-    absolute = raised<C>(2 * depth * 0x1p-53 * square + depth * smallest_normal<C> * (1 + length));
+// A row as pairs of bfloat16, and zeros up to whole vectors of words. Returns the squared length of what they leave
+// out.
+inline double write_words(const float* x, int64_t dim, float* words) {
+  f32v lost = {};
+  for (int64_t k = 0; k < dim; k += 2 * lanes<float>) {
+    for (int64_t j = k; j < k + 2 * lanes<float>; j += lanes<float>) {
+      const f32v whole = j < dim ? load_first(x + j, dim - j) : f32v{};
+      const u32v bits = bfloat_bits(whole);
+      const u16h halves = __builtin_convertvector(bits >> 16, u16h);
+      std::memcpy(words + j / 2, &halves, sizeof halves);
+      const f32v rest = whole - (f32v)bits;
+      lost += rest * rest;
+    }
   }
-};
+  return static_cast<double>(sum_lanes<float>(lost));
+}
+
+// sum + x · c, word by word. Coarse words are floats in name only.
+template <bool Coarse, class C>
+ISTHMUS_INLINE Vec<C> multiply_add(C x, Vec<C> c, Vec<C> sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (Coarse) {
+    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)c);
+  }
+#endif
+  return sum + x * c;
+}
 
 // The codebook in slabs, with what bounds the error of each group.
-template <class T>
+template <class C>
 struct Panels {
-  using C = Compute<T>;
   static constexpr int size = lanes<C>;
   static constexpr int halves = group_codes / tile_vectors;
 
   const Metric metric;
+  const bool coarse;
   const int64_t codes, dim, slabs;
-  Buffer<C> columns;   // [slabs, halves, dim, tile_vectors, lanes]
-  Buffer<C> offsets;   // [slabs, group_codes, lanes]: -|c|²/2; -inf where there is no code, or a wild one
-  Buffer<C> norms;     // [slabs, lanes]: at least the length of every code of the group
-  Buffer<C> floors;    // [slabs, lanes]: the part of the bound that no row changes
-  Buffer<C> ceilings;  // [slabs, lanes]: the same, but infinite if the group holds a wild code
+  const int64_t depth;  // words
+  Buffer<C> columns;    // [slabs, halves, depth, tile_vectors, lanes] words
+  Buffer<C> offsets;    // [slabs, group_codes, lanes]: -|c|²/2; -inf where there is no code, or a wild one
+  GroupBounds<C> bounds;
 
-  // lengths: of the codes, [slabs · slab_codes]; only cosine needs them.
-  Panels(Metric metric_, const T* codebook, int64_t codes_, int64_t dim_, const double* lengths)
+  // lengths: of the codes; only cosine needs them.
+  template <class T>
+  Panels(Metric metric_, bool coarse_, const T* codebook, int64_t codes_, int64_t dim_, const double* lengths)
       : metric(metric_),
+        coarse(coarse_),
         codes(codes_),
         dim(dim_),
         slabs((codes + slab_codes<C> - 1) / slab_codes<C>),
-        columns(slabs * slab_codes<C> * dim),
+        depth(coarse ? (dim + 1) / 2 : dim),
+        columns(slabs * slab_codes<C> * depth),
         offsets(slabs * slab_codes<C>),
-        norms(slabs * size),
-        floors(slabs * size),
-        ceilings(slabs * size) {
+        bounds(metric, dim, slabs, coarse) {
     parallel_for(slabs, grain_of(slab_codes<C> * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) pack(s, codebook + s * slab_codes<C> * dim, lengths + s * slab_codes<C>);
+      const Buffer<C> scratch((dim + 1) * size);
+      for (int64_t s = begin; s < end; ++s) {
+        pack(s, codebook + s * slab_codes<C> * dim, lengths + s * slab_codes<C>, scratch.data);
+      }
     });
   }
 
-  C* vector(int64_t slab, int v) const {
-    return columns.data + ((slab * halves + v / tile_vectors) * dim * tile_vectors + v % tile_vectors) * size;
-  }
-
-  void pack(int64_t slab, const T* first, const double* lengths) const {
+  template <class T>
+  void pack(int64_t slab, const T* first, const double* lengths, C* column) const {
     const int64_t left = codes - slab * slab_codes<C>;
-    Vec<C> largest = {};
-    Mask<C> wild_group = {};
+    GroupNorms<C> norms;
     for (int v = 0; v < group_codes; ++v) {
       const int64_t found = (left - v + group_codes - 1) / group_codes;
       const int64_t count = found < 0 ? 0 : found < size ? found : size;
-      C* column = vector(slab, v);
-      pack_rows<size>(first + v * dim, group_codes * dim, count, dim, column, tile_vectors * size);
-      if (metric == Metric::cosine) normalize(column, lengths + v);
+      pack_rows<size>(first + v * dim, group_codes * dim, count, dim, column);
+      store(column + dim * size, Vec<C>{});
+      if (metric == Metric::cosine) normalize(column, count, lengths + v);
       const Vec<C> square = squares(column);
       const Mask<C> wild = ~(square < static_cast<C>(tame_square<C>));
       if (any(wild)) clear(column, wild);
       const Vec<C> start = metric == Metric::euclidean ? C(-0.5) * square : Vec<C>{};
       store(offsets.data + slab * slab_codes<C> + v * size,
             (wild | ~first_lanes<C>(count)) ? Vec<C>{} - C(__builtin_inf()) : start);
-      largest = greater(wild ? Vec<C>{} : square, largest);
-      wild_group |= wild;
+      C* words = columns.data + ((slab * halves + v / tile_vectors) * depth * tile_vectors + v % tile_vectors) * size;
+      norms.meet(square, write_words(column, words), wild);
     }
-    const C depth = static_cast<C>(dim) + 16, unit = static_cast<C>(rounding_unit<C>);
-    const Vec<C> norm = sqrt(largest * (1 + 4 * depth * unit)) * (1 + 8 * unit) + least_norm();
-    const Vec<C> rounding = metric == Metric::euclidean ? 2 * depth * unit * norm * norm : Vec<C>{};
-    const Vec<C> floor = (rounding + depth * static_cast<C>(smallest_normal<C>) * (1 + norm)) * (1 + 64 * unit);
-    store(norms.data + slab * size, norm);
-    store(floors.data + slab * size, floor);
-    store(ceilings.data + slab * size, wild_group ? Vec<C>{} + C(__builtin_inf()) : floor);
+    bounds.set(slab, norms, coarse);
   }
-
-  // Squares of tiny numbers vanish; the length of what vanished is less than this.
-  C least_norm() const { return static_cast<C>(sizeof(C) == 4 ? 0x1p-60 : 0x1p-500); }
 
   Vec<C> squares(const C* column) const {
     Vec<C> sum = {};
     for (int64_t k = 0; k < dim; ++k) {
-      const Vec<C> c = load(column + k * tile_vectors * size);
+      const Vec<C> c = load(column + k * size);
       sum += c * c;
     }
     return sum;
   }
 
   // lengths: of lane l at [8 l]. A code of length zero stays what it is.
-  void normalize(C* column, const double* lengths) const {
+  void normalize(C* column, int64_t count, const double* lengths) const {
     for (int64_t k = 0; k < dim; ++k) {
-      C* c = column + k * tile_vectors * size;
-      for (int l = 0; l < size; ++l) {
+      C* c = column + k * size;
+      for (int l = 0; l < count; ++l) {
         const double length = lengths[group_codes * l];
         c[l] = static_cast<C>(static_cast<double>(c[l]) / (length == 0 ? 1 : length));
       }
@@ -136,23 +131,45 @@ struct Panels {
   }
 
   void clear(C* column, Mask<C> wild) const {
-    for (int64_t k = 0; k < dim; ++k) {
-      C* c = column + k * tile_vectors * size;
-      store(c, wild ? Vec<C>{} : load(c));
-    }
+    for (int64_t k = 0; k < dim; ++k) store(column + k * size, wild ? Vec<C>{} : load(column + k * size));
   }
 
-  // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows.
+  // Returns the squared lengths of what the words leave out.
+  Vec<C> write_words(const C* column, C* words) const {
+    Vec<C> lost = {};
+    for (int64_t j = 0; j < depth; ++j, words += tile_vectors * size) {
+      if constexpr (has_coarse_words && sizeof(C) == 4) {
+        if (coarse) {
+          const f32v even = load(column + 2 * j * size), odd = load(column + (2 * j + 1) * size);
+          const u32v low = bfloat_bits(even), high = bfloat_bits(odd);
+          const f32v even_lost = even - (f32v)low, odd_lost = odd - (f32v)high;
+          lost += even_lost * even_lost + odd_lost * odd_lost;
+          store(words, (f32v)((low >> 16) | high));
+          continue;
+        }
+      }
+      store(words, load(column + j * size));
+    }
+    return lost;
+  }
+
+  // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows of words.
   void meet(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
+    if constexpr (has_coarse_words && sizeof(C) == 4) {
+      if (coarse) return meet_rows<true>(slab, rows, stride, count, maxima, step);
+    }
+    meet_rows<false>(slab, rows, stride, count, maxima, step);
+  }
+
+  template <bool Coarse>
+  void meet_rows(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
     for (int half = 0; half < halves; ++half) {
       int64_t row = 0;
       const auto advance = [&]<int Rows>() {
         for (; row + Rows <= count; row += Rows) {
-          if (half == 0) {
-            meet_tile<Rows, true>(slab * halves + half, rows + row * stride, stride, maxima + row * step, step);
-          } else {
-            meet_tile<Rows, false>(slab * halves + half, rows + row * stride, stride, maxima + row * step, step);
-          }
+          const auto tile =
+              half == 0 ? &Panels::meet_tile<Coarse, Rows, true> : &Panels::meet_tile<Coarse, Rows, false>;
+          (this->*tile)(slab * halves + half, rows + row * stride, stride, maxima + row * step, step);
         }
       };
       advance.template operator()<tile_height>();
@@ -161,10 +178,10 @@ struct Panels {
     }
   }
 
-  template <int Rows, bool First>
+  template <bool Coarse, int Rows, bool First>
   ISTHMUS_NOINLINE void meet_tile(int64_t half, const C* rows, int64_t stride, C* maxima, int64_t step) const {
     const C* offset = offsets.data + half * tile_vectors * size;
-    const C* column = columns.data + half * dim * tile_vectors * size;
+    const C* column = columns.data + half * depth * tile_vectors * size;
     const C* x[Rows];
     Vec<C> scores[Rows][tile_vectors];
 #pragma GCC unroll 16
@@ -173,14 +190,14 @@ struct Panels {
 #pragma GCC unroll 16
       for (int v = 0; v < tile_vectors; ++v) scores[r][v] = load(offset + v * size);
     }
-    for (int64_t k = 0; k < dim; ++k, column += tile_vectors * size) {
-      Vec<C> b[tile_vectors];
+    for (int64_t k = 0; k < depth; ++k, column += tile_vectors * size) {
+      Vec<C> c[tile_vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < tile_vectors; ++v) b[v] = load(column + v * size);
+      for (int v = 0; v < tile_vectors; ++v) c[v] = load(column + v * size);
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < tile_vectors; ++v) scores[r][v] += x[r][k] * b[v];
+        for (int v = 0; v < tile_vectors; ++v) scores[r][v] = multiply_add<Coarse, C>(x[r][k], c[v], scores[r][v]);
       }
     }
 #pragma GCC unroll 16

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #include "core/amx.h"
@@ -17,7 +18,7 @@
 namespace isthmus {
 namespace {
 
-constexpr Isa all_isas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa all_isas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 constexpr int unresolved = -1;
 std::atomic<int> chosen{unresolved};
 
@@ -27,6 +28,7 @@ bool supports(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
     case Isa::baseline:
       return true;
@@ -34,8 +36,10 @@ bool supports(Isa isa) {
       return avx2;
     case Isa::avx512:
       return avx512;
+    case Isa::avx512_bf16:
+      return avx512_bf16;
     case Isa::amx:
-      return avx512 && request_amx();
+      return avx512_bf16 && request_amx();
   }
 #endif
   return isa == Isa::baseline;
@@ -82,6 +86,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
   }
@@ -92,8 +98,8 @@ Isa parse_isa(const std::string& name) {
   for (Isa isa : all_isas) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("unknown instruction set level '" + name +
-                              "'; expected one of baseline, avx2, avx512, amx");
+  throw std::invalid_argument("unknown instruction set level '" + name + "'; expected one of " +
+                              names_of({std::begin(all_isas), std::end(all_isas)}));
 }
 
 std::vector<Isa> available_isas() {

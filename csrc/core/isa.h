@@ -6,7 +6,7 @@
 
 namespace isthmus {
 
-enum class Isa : int { baseline, avx2, avx512, amx };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
 
 const char* isa_name(Isa isa);
 // Throws std::invalid_argument that lists the known names.
@@ -22,18 +22,21 @@ void set_isa(Isa isa);
 void reset_isa();
 
 // One family's kernels: a table of function pointers for each level. A level without code of its own shares the table
-// of the level below (amx = avx512 where a family has no matrix-unit kernel).
+// of the level below: most families have nothing to gain from products of bfloat16.
 template <class Kernels>
 struct IsaTables {
   const Kernels& baseline;
   const Kernels& avx2;
   const Kernels& avx512;
+  const Kernels& avx512_bf16;
   const Kernels& amx;
 
   const Kernels& current() const {
     switch (current_isa()) {
       case Isa::amx:
         return amx;
+      case Isa::avx512_bf16:
+        return avx512_bf16;
       case Isa::avx512:
         return avx512;
       case Isa::avx2:
@@ -46,28 +49,30 @@ struct IsaTables {
 
 }  // namespace isthmus
 
-// In kernels.h: declares <family>_kernels(), the table of the level in use. csrc/<family>/cpu_<level>.cpp defines the
-// tables by compiling cpu.inl with ISTHMUS_LEVEL set.
+// In kernels.h: ISTHMUS_DECLARE_KERNELS declares <family>_kernels(), the table of the level in use;
+// ISTHMUS_DECLARE_MATRIX_KERNELS does for a family with code for avx512_bf16 and amx. csrc/<family>/cpu_<level>.cpp
+// defines the tables by compiling cpu.inl with ISTHMUS_LEVEL set.
+#define ISTHMUS_DECLARE_TABLE(Kernels, family, level) \
+  namespace level {                                   \
+  extern const Kernels family##_table;                \
+  }
 #if defined(__x86_64__)
-#define ISTHMUS_DECLARE_KERNELS(Kernels, family)                                                      \
-  namespace baseline {                                                                                \
-  extern const Kernels family##_table;                                                                \
-  }                                                                                                   \
-  namespace avx2 {                                                                                    \
-  extern const Kernels family##_table;                                                                \
-  }                                                                                                   \
-  namespace avx512 {                                                                                  \
-  extern const Kernels family##_table;                                                                \
-  }                                                                                                   \
+#define ISTHMUS_DECLARE_LEVELS(Kernels, family, bf16_level, amx_level)                                \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, baseline)                                                    \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, avx2)                                                        \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, avx512)                                                      \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, bf16_level)                                                  \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, amx_level)                                                   \
   inline const Kernels& family##_kernels() {                                                          \
     return IsaTables<Kernels>{baseline::family##_table, avx2::family##_table, avx512::family##_table, \
-                              avx512::family##_table}                                                 \
+                              bf16_level::family##_table, amx_level::family##_table}                  \
         .current();                                                                                   \
   }
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family) ISTHMUS_DECLARE_LEVELS(Kernels, family, avx512, avx512)
+#define ISTHMUS_DECLARE_MATRIX_KERNELS(Kernels, family) ISTHMUS_DECLARE_LEVELS(Kernels, family, avx512_bf16, amx)
 #else
-#define ISTHMUS_DECLARE_KERNELS(Kernels, family) \
-  namespace baseline {                           \
-  extern const Kernels family##_table;           \
-  }                                              \
+#define ISTHMUS_DECLARE_KERNELS(Kernels, family)   \
+  ISTHMUS_DECLARE_TABLE(Kernels, family, baseline) \
   inline const Kernels& family##_kernels() { return baseline::family##_table; }
+#define ISTHMUS_DECLARE_MATRIX_KERNELS ISTHMUS_DECLARE_KERNELS
 #endif

@@ -358,6 +358,19 @@ ISTHMUS_INLINE f64v greater(f64v a, f64v b) {
 #endif
 }
 
+// The largest lane, of numbers.
+template <class C, int Step = lanes<C> / 2>
+ISTHMUS_INLINE C largest_lane(Vec<C> v) {
+  Mask<C> partner;
+  for (int i = 0; i < lanes<C>; ++i) partner[i] = i ^ Step;
+  const Vec<C> larger = greater(__builtin_shuffle(v, partner), v);
+  if constexpr (Step == 1) {
+    return larger[0];
+  } else {
+    return largest_lane<C, Step / 2>(larger);
+  }
+}
+
 // Sum of the lanes, pairwise: a fixed order for each level.
 template <class C, class V = Vec<C>>
 ISTHMUS_INLINE C sum_lanes(V v) {

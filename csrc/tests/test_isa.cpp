@@ -10,8 +10,10 @@ using namespace isthmus;
 
 namespace {
 
+constexpr Isa all_isas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+
 void test_names() {
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) CHECK(parse_isa(isa_name(isa)) == isa);
+  for (Isa isa : all_isas) CHECK(parse_isa(isa_name(isa)) == isa);
   CHECK_THROWS(parse_isa("avx1024"));
   CHECK_THROWS(parse_isa(""));
   try {
@@ -34,7 +36,7 @@ void test_set_and_reset() {
     set_isa(isa);
     CHECK(current_isa() == isa);
   }
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
+  for (Isa isa : all_isas) {
     bool present = false;
     for (Isa other : available) present |= other == isa;
     if (present) continue;
@@ -64,10 +66,10 @@ struct Table {
 };
 
 void test_tables() {
-  static const Table baseline{0}, avx2{1}, avx512{2}, amx{3};
+  static const Table baseline{0}, avx2{1}, avx512{2}, avx512_bf16{3}, amx{4};
   for (Isa isa : available_isas()) {
     set_isa(isa);
-    CHECK((IsaTables<Table>{baseline, avx2, avx512, amx}.current().level == static_cast<int>(isa)));
+    CHECK((IsaTables<Table>{baseline, avx2, avx512, avx512_bf16, amx}.current().level == static_cast<int>(isa)));
   }
 }
 

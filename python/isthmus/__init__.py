@@ -36,14 +36,14 @@ __all__ = [
 def build_info() -> dict[str, Any]:
     """Versions, instruction set levels (compiled, available, in use) and CUDA or the reason why not.
 
-    >>> isthmus.build_info()["isa"] in ("baseline", "avx2", "avx512", "amx")
+    >>> isthmus.build_info()["isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     True
     """
     return {**_C.build_info(), "torch": torch.__version__}
 
 
 def get_isa() -> str:
-    """The instruction set level in use: "baseline", "avx2", "avx512" or "amx"."""
+    """The instruction set level in use: "baseline", "avx2", "avx512", "avx512_bf16" or "amx"."""
     return _C.get_isa()
 
 

@@ -1,0 +1,94 @@
+// Included by search.inl: how far an approximate score may be from the exact one. With ~ for what is multiplied in
+// place of a vector and δ for what that leaves out, and proved under "Nearest code" in docs/numerics.md,
+//
+//     |s~ - s| <= slope · |c| + |x~| · |δc| + floor(c) + absolute,     slope = |δx| + γ |x|
+//
+// γ is the rounding of the sum, floor and absolute are the parts that depend on the code or on the row alone. For a
+// group |c|, |δc| and floor are the largest of its codes: one long code spoils its own group and no other.
+
+template <class C>
+constexpr double rounding_unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
+// Twice the number where underflow begins: what flushing one term to zero may cost.
+template <class C>
+constexpr double flushed = sizeof(C) == 4 ? 0x1p-125 : 0x1p-1021;
+// Squares of tiny numbers vanish; the length of what vanished is less than this.
+template <class C>
+constexpr double least_length = sizeof(C) == 4 ? 0x1p-60 : 0x1p-500;
+// No product of two vectors with smaller squares overflows. Longer ones are *wild*: never screened, always rescored.
+template <class C>
+constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
+
+// How often a sum of `dim` products and an offset is rounded, at most, and then some.
+inline double roundings(int64_t dim) { return 2 * (static_cast<double>(dim) + 16); }
+
+// Makes up for the evaluation of the bound in C.
+template <class C>
+constexpr double raise = 1 + 64 * rounding_unit<C>;
+
+// Lane by lane, the largest of the codes of a group.
+template <class C>
+struct GroupNorms {
+  Vec<C> square = {}, lost = {};
+  Mask<C> wild = {};
+
+  ISTHMUS_INLINE void meet(Vec<C> its_square, Vec<C> its_lost, Mask<C> is_wild) {
+    square = greater(is_wild ? Vec<C>{} : its_square, square);
+    lost = greater(is_wild ? Vec<C>{} : its_lost, lost);
+    wild |= is_wild;
+  }
+};
+
+template <class C>
+struct GroupBounds {
+  static constexpr int size = lanes<C>;
+
+  const Metric metric;
+  const int64_t dim;
+  Buffer<C> norms;     // [slabs, lanes]: at least |c|
+  Buffer<C> losses;    // [slabs, lanes]: at least |δc|; of a coarse screen only
+  Buffer<C> floors;    // [slabs, lanes]
+  Buffer<C> ceilings;  // [slabs, lanes]: the same, but infinite if the group holds a wild code
+
+  GroupBounds(Metric metric_, int64_t dim_, int64_t slabs, bool coarse)
+      : metric(metric_),
+        dim(dim_),
+        norms(slabs * size),
+        losses(coarse ? slabs * size : 0),
+        floors(slabs * size),
+        ceilings(slabs * size) {}
+
+  void set(int64_t slab, const GroupNorms<C>& group, bool coarse) const {
+    const C rounding = static_cast<C>(roundings(dim) * rounding_unit<C>);
+    const C enlarged = (1 + 2 * rounding) * static_cast<C>(raise<C>), least = static_cast<C>(least_length<C>);
+    const C underflow = static_cast<C>(roundings(dim) * flushed<C>);
+    const Vec<C> norm = sqrt(group.square) * enlarged + least;
+    Vec<C> floor = underflow * (1 + norm);
+    if (metric == Metric::euclidean) floor += rounding * norm * norm;
+    floor *= static_cast<C>(raise<C>);
+    store(norms.data + slab * size, norm);
+    if (coarse) store(losses.data + slab * size, sqrt(group.lost) * enlarged + least);
+    store(floors.data + slab * size, floor);
+    store(ceilings.data + slab * size, group.wild ? Vec<C>{} + C(__builtin_inf()) : floor);
+  }
+};
+
+// The part of a row. That of a wild row is infinite, and so every group survives.
+template <class C>
+struct RowBound {
+  C slope = 0, length = 0, absolute = 0;
+
+  RowBound() = default;
+  // square = |x|², lost = |δx|².
+  RowBound(double square, double lost, int64_t dim) {
+    if (!(square < tame_square<C>)) {
+      absolute = static_cast<C>(__builtin_inf());
+      return;
+    }
+    const double count = roundings(dim), enlarged = (1 + count * rounding_unit<C>)*raise<C>;
+    const double whole = __builtin_sqrt(square) * enlarged;
+    const double part = lost == 0 ? 0 : __builtin_sqrt(lost) * enlarged + least_length<C>;
+    slope = static_cast<C>((part + count * rounding_unit<C> * whole) * raise<C>);
+    length = static_cast<C>((whole + part) * raise<C>);
+    absolute = static_cast<C>((count * 0x1p-53 * square + count * flushed<C> * (1 + whole)) * raise<C>);
+  }
+};

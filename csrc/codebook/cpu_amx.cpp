@@ -1,0 +1,3 @@
+// The codebook kernels for the matrix units of AMX; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL amx
+#include "codebook/cpu.inl"
