@@ -22,6 +22,32 @@ ISTHMUS_INLINE void prefetch(const T* p) {
   for (int64_t i = 0; i < tile_elements; i += line) __builtin_prefetch(p + i, ForWriting, 3);
 }
 
+// The same, bit by bit: requests for all lines of many tensors at once would wait for each other.
+class Prefetches {
+ public:
+  template <bool ForWriting, class T>
+  void add(const T* p) {
+    streams_[count_++] = {reinterpret_cast<const char*>(p), sizeof(T), ForWriting};
+  }
+
+  // Of elements [first, first + count) from each address on.
+  ISTHMUS_INLINE void operator()(int64_t first, int64_t count) const {
+    for (const Stream* s = streams_; s < streams_ + count_; ++s) {
+      const char *line = s->from + first * s->size, *end = line + count * s->size;
+      for (; line < end; line += 64) s->for_writing ? __builtin_prefetch(line, 1, 3) : __builtin_prefetch(line, 0, 3);
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* from;
+    int64_t size;
+    bool for_writing;
+  };
+  Stream streams_[9];  // a gradient comes in; four operands, four results
+  int count_ = 0;
+};
+
 template <class T>
 class Reader {
   using C = Compute<T>;
@@ -57,11 +83,15 @@ class Reader {
   }
 
   void prefetch(int64_t first) const {
-    if (first < block_ && block_ > 1) isthmus::prefetch<false>(data_ + first);
+    if (lies_at(first)) isthmus::prefetch<false>(data_ + first);
+  }
+  void prefetch(int64_t first, Prefetches& later) const {
+    if (lies_at(first)) later.add<false>(data_ + first);
   }
 
  private:
   bool constant() const { return data_ != nullptr && block_ == 1 && stride_ == 0; }
+  bool lies_at(int64_t first) const { return first < block_ && block_ > 1; }
 
   const T* data_;
   int64_t block_, stride_;
@@ -87,6 +117,9 @@ class Writer {
 
   void prefetch(int64_t first) const {
     if (data_ != nullptr && first < block_) isthmus::prefetch<true>(data_ + first);
+  }
+  void prefetch(int64_t first, Prefetches& later) const {
+    if (data_ != nullptr && first < block_) later.add<true>(data_ + first);
   }
 
   void write(const C* from, int64_t first, int64_t count) const {

@@ -90,12 +90,13 @@ class GaussianReader {
     return {mean_.read(first, count), scale, prior_mean_.read(first, count), prior_scale_.read(first, count), raw};
   }
 
-  // For the piece that begins at `first`.
-  void prefetch(int64_t first) const {
-    mean_.prefetch(first);
-    scale_.prefetch(first);
-    prior_mean_.prefetch(first);
-    prior_scale_.prefetch(first);
+  // For the piece that begins at `first`; at once, or later.
+  template <class... Later>
+  void prefetch(int64_t first, Later&... later) const {
+    mean_.prefetch(first, later...);
+    scale_.prefetch(first, later...);
+    prior_mean_.prefetch(first, later...);
+    prior_scale_.prefetch(first, later...);
   }
 
  private:
@@ -121,11 +122,12 @@ class GaussianWriter {
     prior_scale = prior_scale_.begin(first, count);
   }
 
-  void prefetch(int64_t first) const {
-    mean_.prefetch(first);
-    scale_.prefetch(first);
-    prior_mean_.prefetch(first);
-    prior_scale_.prefetch(first);
+  template <class... Later>
+  void prefetch(int64_t first, Later&... later) const {
+    mean_.prefetch(first, later...);
+    scale_.prefetch(first, later...);
+    prior_mean_.prefetch(first, later...);
+    prior_scale_.prefetch(first, later...);
   }
 
   void clear_masked(const Gaussians& q, int64_t first, int64_t count) const {

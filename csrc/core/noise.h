@@ -134,15 +134,23 @@ ISTHMUS_INLINE void fill_groups(const Key& key, int64_t start, Map map, float* o
   }
 }
 
-// Elements [first, first + count) of the stream in which map(words, numbers) makes four numbers of four words.
-template <class Map>
-ISTHMUS_INLINE void fill_stream(const Key& key, int64_t first, int64_t count, Map map, float* out) {
+// What a generator may be asked to do on the side: nothing.
+struct Nothing {
+  ISTHMUS_INLINE void operator()(int64_t, int64_t) const {}
+};
+
+// Elements [first, first + count) of the stream in which map(words, numbers) makes four numbers of four words. The
+// arithmetic leaves the memory idle: now and then meanwhile(i, n) may fetch what will be needed at places i to i + n.
+template <class Map, class Meanwhile = Nothing>
+ISTHMUS_INLINE void fill_stream(const Key& key, int64_t first, int64_t count, Map map, float* out,
+                                Meanwhile&& meanwhile = {}) {
   constexpr int groups = 2;
   const int64_t end = first + count;
   int64_t start = first / 4 * 4;
   if (start == first) {
     for (; start + groups * group_size <= end; start += groups * group_size) {
       fill_groups<groups>(key, start, map, out + (start - first));
+      meanwhile(start - first, groups * group_size);
     }
   }
   for (; start < end; start += group_size) {
@@ -154,16 +162,18 @@ ISTHMUS_INLINE void fill_stream(const Key& key, int64_t first, int64_t count, Ma
   }
 }
 
-inline void fill_normal(const Key& key, int64_t first, int64_t count, float* out) {
+template <class Meanwhile = Nothing>
+inline void fill_normal(const Key& key, int64_t first, int64_t count, float* out, Meanwhile&& meanwhile = {}) {
   const auto box_muller = [](const u32v(&word)[4], f32v(&n)[4]) __attribute__((always_inline)) {
     normal_pair(word[0], word[1], n[0], n[1]);
     normal_pair(word[2], word[3], n[2], n[3]);
   };
-  fill_stream(key, first, count, box_muller, out);
+  fill_stream(key, first, count, box_muller, out, meanwhile);
 }
 
 // float64 serves gradient checks and oracles: plain scalar code.
-inline void fill_normal(const Key& key, int64_t first, int64_t count, double* out) {
+template <class Meanwhile = Nothing>
+inline void fill_normal(const Key& key, int64_t first, int64_t count, double* out, Meanwhile&& = {}) {
   for (int64_t i = first; i < first + count; ++i) {
     const NormalPair pair = normal_pair(isthmus::philox(key.seed, key.offset + static_cast<uint64_t>(i / 2)));
     out[i - first] = i % 2 == 0 ? pair.first : pair.second;

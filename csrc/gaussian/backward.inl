@@ -183,11 +183,16 @@ struct Backward {
       steps.fill_std(x, count, std.values);
       steps.fill_densities(x, count, densities);
     }
-    reader.prefetch(piece.first + count);
-    writer.prefetch(piece.first + count);
     for (int64_t k = 0; k < args.num_samples; ++k) {
-      prefetch<false>(grad_z(piece, k));
-      if (!args.antithetic || k % 2 == 0) fill_normal(key, noise_start(args, k) + piece.first, count, noise.values);
+      Prefetches ahead;
+      ahead.add<false>(grad_z(piece, k) + (options.one_sample ? count : 0));
+      if (k == 0) {
+        reader.prefetch(piece.first + count, ahead);
+        writer.prefetch(piece.first, ahead);
+      }
+      if (!args.antithetic || k % 2 == 0) {
+        fill_normal(key, noise_start(args, k) + piece.first, count, noise.values, ahead);
+      }
       if (options.one_sample) break;
       if (!options.with_densities) {
         add_sample(piece, k);
