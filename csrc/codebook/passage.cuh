@@ -12,10 +12,6 @@ struct Passage {
   C of_grad = 1, of_x = 0, of_code = 0;
 };
 
-// A product that is rounded before it is added to something: those of opposed vectors then cancel to 0.
-__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
-
 // λ Rᵀ of one row, by a warp. The code may come in the type of x or in the type it computes in.
 template <class T, class U>
 __device__ __forceinline__ Passage<Compute<T>> rotation(const T* x, const U* code, const T* grad, int64_t dim) {
@@ -32,15 +28,17 @@ __device__ __forceinline__ Passage<Compute<T>> rotation(const T* x, const U* cod
   const C per_x = 1 / x_length, per_c = 1 / c_length;
   C uu = 0, ug = 0, cg = 0;
   for (int64_t k = warp_lane(); k < dim; k += warp_size) {
-    const C b = rounded_product(per_c, to_compute(code[k])), g = to_compute(grad[k]);
-    const C u = rounded_product(per_x, to_compute(x[k])) + b;
+    const C b = per_c * to_compute(code[k]), u = per_x * to_compute(x[k]) + b, g = to_compute(grad[k]);
     uu += u * u;
     ug += u * g;
     cg += b * g;
   }
+  constexpr C epsilon = sizeof(C) == 4 ? C(0x1p-23) : C(0x1p-52);
   uu = warp_total(uu);
-  const C along_u = uu > 0 ? -2 * warp_total(ug) / uu : 0, along_x = along_u + 2 * warp_total(cg);
+  ug = warp_total(ug);
+  cg = warp_total(cg);
   const C scale = c_length * per_x;
+  const C along_u = uu <= 16 * epsilon * epsilon ? C(0) : -2 * ug / uu, along_x = along_u + 2 * cg;
   return {scale, scale * along_x * per_x, scale * along_u * per_c};
 }
 

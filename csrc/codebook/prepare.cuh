@@ -1,31 +1,12 @@
 // What a search computes before it screens: the codebook laid out for exact scores, and operands with their bounds.
 #pragma once
 
+#include "codebook/exact.cuh"
 #include "codebook/plan.cuh"
 #include "codebook/warps.cuh"
 
 namespace isthmus::cuda {
 namespace {
-
-// Exact scores. Σ_k term(k) in float64, even and odd k apart and nothing fused: the order of the CPU kernels, so that
-// codes which only rounding tells apart fall the same way on both.
-template <class Term>
-__device__ __forceinline__ double exact_sum(int64_t count, Term term) {
-  double even = 0, odd = 0;
-  int64_t k = 0;
-#pragma unroll 4
-  for (; k + 1 < count; k += 2) {
-    even = __dadd_rn(even, term(k));
-    odd = __dadd_rn(odd, term(k + 1));
-  }
-  if (k < count) even = __dadd_rn(even, term(k));
-  return __dadd_rn(even, odd);
-}
-
-template <class T>
-__device__ __forceinline__ double widen(T value) {
-  return static_cast<double>(to_compute(value));
-}
 
 // ---- codes ---------------------------------------------------------------------------------------------------------
 
