@@ -77,6 +77,10 @@ void define_schemas(StableLibrary& m) {
   m.def("code_totals(Tensor x, Tensor indices, SymInt num_codes) -> Tensor");
   m.def("update_codebook_(Tensor(a!) codebook, Tensor(b!) usage, Tensor(c!)? sums, Tensor counts, Tensor? batch_sums, Tensor? code_weight, Tensor? candidates, float decay, float eps, float revive_below, bool normalize) -> ()");
 
+  // residual
+  m.def("residual_vq_quantize(Tensor x, Tensor codebooks, Tensor? stages, SymInt[] sizes, int beam, str gradient, float commitment_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("residual_vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebooks, Tensor indices, SymInt[] sizes, str gradient, float commitment_weight, bool need_x, bool need_codebooks) -> (Tensor, Tensor)");
+  m.def("residual_code_totals(Tensor x, Tensor codebooks, Tensor indices, SymInt[] sizes) -> Tensor");
   // assignment
   m.def("vq_sample(Tensor x, Tensor codebook, Tensor? mask, Tensor key, str metric, float temperature) -> Tensor");
   m.def("vq_soft_quantize(Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool hard) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -11,6 +11,7 @@ from cases.codebook import codebook_cases
 from cases.gaussian import gaussian_cases
 from cases.likelihood import likelihood_cases
 from cases.pairwise import pairwise_cases
+from cases.residual import residual_cases
 from cases.sparse import sparse_cases
 
 __all__ = ["CASES", "Case", "as_tuple"]
@@ -22,6 +23,7 @@ CASES = (
     + categorical_cases()
     + codebook_cases()
     + assignment_cases()
+    + residual_cases()
     + sparse_cases()
     + bayes_cases()
 )

@@ -13,6 +13,7 @@ from isthmus.ops.likelihood import (
     generalized_gaussian_nll,
 )
 from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
+from isthmus.ops.residual import residual_code_totals, residual_vq_quantize
 from isthmus.ops.sparse import sparse_decode, topk_encode
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "log_mean_exp",
     "mixture_log_prob",
     "mmd",
+    "residual_code_totals",
+    "residual_vq_quantize",
     "sparse_decode",
     "topk_encode",
     "update_codebook_",

@@ -23,6 +23,7 @@ from isthmus.reference.likelihood import (
     generalized_gaussian_nll,
 )
 from isthmus.reference.pairwise import aggregate_log_prob, component_log_prob, mixture_log_prob, mmd
+from isthmus.reference.residual import residual_code_totals, residual_vq_quantize
 from isthmus.reference.sparse import sparse_decode, topk_encode
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "log_mean_exp",
     "mixture_log_prob",
     "mmd",
+    "residual_code_totals",
+    "residual_vq_quantize",
     "sparse_decode",
     "topk_encode",
     "update_codebook_",
