@@ -6,13 +6,32 @@ Every module keeps no arithmetic that an op already does, returns named tuples, 
 
 from .bayes import BayesLinear, mean_only
 from .codebook import VectorQuantizer, VectorQuantizerOutput
+from .codebook_features import CodebookFeatures, CodebookFeaturesOutput
+from .codebook_losses import CodeDiversity, CodeOrthogonality, CommitmentCrossEntropy
+from .codebook_transforms import AffineCodebook, SimVQ
 from .gaussian import GaussianBottleneck, GaussianBottleneckOutput
+from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
+from .random_projection import RandomProjectionQuantizer
+from .residual import GroupedResidualVQ, ResidualVQ, ResidualVQOutput
 from .sparse import TopKSAE, TopKSAEOutput
 
 __all__ = [
+    "AffineCodebook",
     "BayesLinear",
+    "CodeDiversity",
+    "CodeOrthogonality",
+    "CodebookFeatures",
+    "CodebookFeaturesOutput",
+    "CommitmentCrossEntropy",
     "GaussianBottleneck",
     "GaussianBottleneckOutput",
+    "GroupedResidualVQ",
+    "KeyValueBottleneck",
+    "KeyValueBottleneckOutput",
+    "RandomProjectionQuantizer",
+    "ResidualVQ",
+    "ResidualVQOutput",
+    "SimVQ",
     "TopKSAE",
     "TopKSAEOutput",
     "VectorQuantizer",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from isthmus import ops
 
-# Averages of a code that is never hit shrink together until their ratio loses its digits in the
-# denormal range. Below this usage the code stays where it is.
-_FORGOTTEN = 1e-12
+from ._codebook_layout import VectorLayout
+from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live
 
 
 class VectorQuantizerOutput(NamedTuple):
@@ -22,8 +23,8 @@ class VectorQuantizerOutput(NamedTuple):
     loss: Tensor
 
 
-class VectorQuantizer(nn.Module):
-    """Replace every vector by its nearest code; the gradient passes straight through.
+class VectorQuantizer(Codebook):
+    """Replace every vector by its nearest code; the gradient passes through.
 
     The codebook learns in training mode only, in one of two ways:
 
@@ -35,14 +36,14 @@ class VectorQuantizer(nn.Module):
     - ``learning="gradient"``: the codebook is a parameter.
       loss = |sg(x) − c|² + commitment_weight · |x − sg(c)|².
 
-    Both losses are the mean over vectors of a sum over D, as in the paper; divide by ``dim``
-    where the other loss terms are means over elements.
+    Both losses are the mean over vectors (of all heads) of a sum over d, as in the paper; divide by
+    d where the other loss terms are means over elements. ``losses`` add their own.
 
     Dead codes: a code whose ``usage`` falls below ``revive_below`` moves onto a random vector of
     the batch and starts again with a usage of 1. Candidates are drawn for every code and kept by
-    a mask, so nothing waits for the device and no graph breaks; they come from torch's global
-    generator, so ``torch.manual_seed`` repeats them. A revived parameter keeps the moments that
-    the optimizer has for it.
+    a mask, so nothing waits for the device and no graph breaks; they follow from
+    ``revival_key``, which is state. A revived parameter keeps the moments that the optimizer has
+    for it.
 
     Start from k-means: call :meth:`init_from` once on encoder outputs before training. It is a
     method and not a lazy first step because a hidden flag would have to be read back from the
@@ -54,28 +55,50 @@ class VectorQuantizer(nn.Module):
     the dtype of ``x``. Keep the module in float32 (autocast is fine): averages kept in
     ``bfloat16`` stop moving once a step changes them by less than one part in 256.
 
-    Distributed: ``DistributedDataParallel`` broadcasts buffers from rank 0 before each forward, so
-    with ``"ema"`` all ranks hold one codebook, learned from the vectors of rank 0. With
-    ``"gradient"`` set ``revive_below=0``, or ranks revive codes differently; call
-    :meth:`init_from` before wrapping. Under activation checkpointing the recomputation updates
-    the averages a second time, as it does for batch normalisation.
+    Distributed: where ``torch.distributed`` is initialised, hits, sums and candidates of all ranks
+    are added up in one all-reduce a step, and all ranks hold the codebook that one process would
+    have learned from the joint batch. Every rank must take part in every step, with batches of one
+    shape (batches of different sizes only cost revivals); otherwise, set ``sync_codebook=False``.
+    Under activation checkpointing the recomputation updates the averages a second time, as it does
+    for batch normalisation.
 
     Args:
         num_codes: size K of the codebook.
         dim: size D of a vector.
         learning: ``"ema"`` or ``"gradient"``.
+        metric: ``"euclidean"``, or ``"cosine"``: vectors and codes are scaled to norm 1 first.
+        gradient: what ``quantized`` passes to x: its gradient as it is (``"straight_through"``), or
+            rotated and scaled as x is into its code (``"rotation"``).
+        codebook_dim: size d of a code; linear layers project to heads · d and back where that is
+            not D. Default: D / heads.
+        layernorm_after_project_in: normalise what the first of them gives.
+        heads: number H of codes that describe one vector together.
+        separate_codebook_per_head: H codebooks instead of one.
+        channel_first: x is ``[B, D, ...]``: images, video, audio.
         commitment_weight: pull of the vectors towards their codes.
+        losses: further terms, called with (vectors ``[N, d]`` or ``[H, N, d]``, codes ``[K, d]`` or
+            ``[H, K, d]``, indices, −1 where masked) and added up, such as
+            :class:`CodeDiversity`.
+        transform: module through which the codes pass before use. Needs ``"gradient"``.
         decay: of the moving averages, in [0, 1).
+        eps: Laplace smoothing of the usage that sums are divided by.
         revive_below: usage below which a code is dead, in [0, 1); 0 revives nothing.
+        sample_temperature: above 0, codes are drawn in training with probabilities
+            softmax(−|x − c|² / temperature), or of the cosines.
+        freeze_codebook: the codebook does not learn. An attribute: set it at any time.
+        sync_codebook: add up over the ranks of ``torch.distributed``.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, or two exclude each other.
 
     Shapes:
-        x ``[..., D]``; quantized ``[..., D]``; indices int64 ``[...]``; loss ``[]``.
+        x ``[..., D]`` or ``[B, D, ...]``; quantized like x; indices int64, x without D, then ``[H]``
+        if H > 1; loss ``[]``. codebook ``[K, d]``, or ``[H · K, d]`` where heads have codebooks of their own.
 
     Source: van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017 (moving
-    averages: its appendix A.1); revival: Dhariwal et al., Jukebox, 2020.
+    averages: its appendix A.1); revival: Dhariwal et al., Jukebox, 2020; rotation: Fifty et al.,
+    Restructuring Vector Quantization with the Rotation Trick, 2024; d < D and cosine: Yu et al.,
+    Vector-quantized Image Modeling with Improved VQGAN, 2022.
 
     Example:
         >>> import torch, isthmus
@@ -87,11 +110,11 @@ class VectorQuantizer(nn.Module):
         (torch.Size([8, 10, 4]), torch.Size([8, 10]))
         >>> torch.equal(quantizer.eval().decode(quantizer.encode(x)), quantizer(x).quantized)
         True
+        >>> images = torch.randn(2, 8, 5, 5)
+        >>> quantizer = isthmus.nn.VectorQuantizer(16, 8, heads=2, channel_first=True, metric="cosine")
+        >>> quantizer(images).indices.shape
+        torch.Size([2, 5, 5, 2])
     """
-
-    codebook: Tensor
-    usage: Tensor
-    sums: Tensor
 
     def __init__(
         self,
@@ -99,108 +122,200 @@ class VectorQuantizer(nn.Module):
         dim: int,
         *,
         learning: str = "ema",
+        metric: str = "euclidean",
+        gradient: str = "straight_through",
+        codebook_dim: int | None = None,
+        layernorm_after_project_in: bool = False,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
+        channel_first: bool = False,
         commitment_weight: float = 0.25,
+        losses: Iterable[nn.Module] = (),
+        transform: nn.Module | None = None,
         decay: float = 0.99,
+        eps: float = 0.0,
         revive_below: float = 0.05,
+        sample_temperature: float = 0.0,
+        freeze_codebook: bool = False,
+        sync_codebook: bool = True,
     ) -> None:
-        if learning not in ("ema", "gradient"):
-            raise ValueError(f"learning must be 'ema' or 'gradient', got {learning!r}")
-        for name, value in (("decay", decay), ("revive_below", revive_below)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        super().__init__()
+        if metric not in ("euclidean", "cosine"):
+            raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
+        check_gradient(gradient)
+        if not sample_temperature >= 0.0:
+            raise ValueError(f"sample_temperature must not be negative, got {sample_temperature}")
+        if sample_temperature > 0.0 and gradient == "rotation":
+            raise ValueError("gradient='rotation' needs the nearest code: rotating onto a sampled one diverges")
+        if transform is not None and (learning != "gradient" or revive_below > 0.0):
+            raise ValueError(
+                "transform needs learning='gradient' and revive_below=0: vectors that a code should average, or "
+                f"move onto, lie behind the transform; got learning={learning!r}, revive_below={revive_below}"
+            )
+        layout = VectorLayout(
+            dim,
+            codebook_dim,
+            heads=heads,
+            separate=separate_codebook_per_head,
+            channel_first=channel_first,
+            layernorm=layernorm_after_project_in,
+        )
+        super().__init__(
+            [num_codes] * (heads if layout.separate else 1),
+            layout.code_dim,
+            learning=learning,
+            decay=decay,
+            eps=eps,
+            revive_below=revive_below,
+            freeze_codebook=freeze_codebook,
+            sync_codebook=sync_codebook,
+        )
         self.num_codes = num_codes
         self.dim = dim
-        self.learning = learning
+        self.metric = metric
+        self.gradient = gradient
         self.commitment_weight = commitment_weight
-        self.decay = decay
-        self.revive_below = revive_below
-        codebook = torch.randn(num_codes, dim)
-        self.register_buffer("usage", torch.ones(num_codes))
-        if learning == "ema":
-            self.register_buffer("codebook", codebook)
-            self.register_buffer("sums", codebook.clone())
-        else:
-            self.codebook = nn.Parameter(codebook)
+        self.sample_temperature = sample_temperature
+        self.layout = layout
+        self.losses = nn.ModuleList(losses)
+        self.transform = transform
 
-    def forward(self, x: Tensor) -> VectorQuantizerOutput:
-        """Quantize ``x`` ``[..., D]``; in training mode also update the codebook."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        update: str = "now",
+        code_weight: Tensor | None = None,
+        return_loss_breakdown: bool = False,
+    ) -> VectorQuantizerOutput | tuple[VectorQuantizerOutput, dict[str, Tensor]]:
+        """Quantize ``x``; in training mode also update the codebook.
+
+        Args:
+            x: ``[..., D]``, or ``[B, D, ...]`` with ``channel_first``.
+            mask: bool, ``x`` without D. False: quantized is 0, indices are −1, nothing is learned.
+            lengths: int ``[B]`` for x ``[B, T, D]`` or ``[B, D, T]``: the mask t < lengths[b].
+            update: ``"now"``, or ``"later"`` for all micro-batches of a step but the last: their
+                hits and sums wait for the next ``"now"``.
+            code_weight: ``[K]`` (or ``[H · K]``), multiplies the step 1 − decay of each code.
+            return_loss_breakdown: return (output, terms of the loss by name, as they add up to it).
+        """
+        check_update(update)
+        mask = self.layout.mask(x, mask, lengths)
+        rows = self._rows(x)
+        observe = getattr(self.transform, "observe", None)
+        if self.learns and observe is not None:
+            observe(rows.detach(), mask)
         # The update below writes to the codebook before backward reads it: give autograd a copy.
-        codebook = self.codebook.clone() if self.training else self.codebook
-        rows = x.to(codebook.dtype)
-        quantized, indices, error = ops.vq_quantize(rows, codebook, commitment_weight=self.commitment_weight)
-        if self.training:
-            self._update(rows.reshape(-1, self.dim), indices.reshape(-1))
+        codes = self._codes(self.codebook.clone() if self.learns else self.codebook)
+        sampled = self._sample(rows, codes, mask)
+        quantized, indices, error = ops.vq_quantize(
+            rows,
+            codes,
+            metric=self.metric,
+            gradient=self.gradient,
+            commitment_weight=self.commitment_weight,
+            mask=mask if sampled is None else None,
+            indices=sampled,
+        )
+        if self.learns:
+            self._learn(rows.detach(), indices, mask, update, code_weight)
         # The op weights the gradient of its error; the second term gives the value its weights.
-        error = error.mean()
-        weight = self.commitment_weight + (self.learning == "gradient")
-        loss = error + (weight - 1.0) * error.detach()
-        return VectorQuantizerOutput(quantized.to(x.dtype), indices, loss)
+        error = mean_of_live(error, mask)
+        learned = self.learning == "gradient" and not self.freeze_codebook
+        weight = self.commitment_weight + learned
+        terms = {"codes": error + (weight - 1.0) * error.detach()}
+        for term in self.losses:
+            terms[type(term).__name__] = term(rows, codes, indices)
+        loss = torch.stack(list(terms.values())).sum()
+        output = VectorQuantizerOutput(self.layout.vectors(quantized, x, mask), self.layout.indices(indices, x), loss)
+        return (output, terms) if return_loss_breakdown else output
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Index of the code nearest to each vector: ``[..., D]`` to int64 ``[...]``."""
-        return ops.vq_assign(x.to(self.codebook.dtype), self.codebook)
+    def codes(self) -> Tensor:
+        """The codes in use, transformed and scaled: ``[K, d]``, or ``[H, K, d]`` where each head has its own."""
+        return self._codes(self.codebook)
+
+    def encode(self, x: Tensor, *, topk: int = 1) -> Tensor:
+        """Indices of the nearest codes: int64, ``x`` without D, then ``[H]`` if H > 1, then ``[topk]`` if topk > 1."""
+        indices = ops.vq_assign(self._rows(x), self.codes(), metric=self.metric, topk=topk)
+        return self.layout.indices(indices, x, *([topk] if topk > 1 else []))
+
+    def get_codes(self, indices: Tensor) -> Tensor:
+        """The codes themselves: int64 ``[...]``, or ``[..., H]``, to ``[..., d]``. An index of −1 gives zeros."""
+        return embed(indices, self.codes())
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes themselves: int64 ``[...]`` to ``[..., D]``."""
-        return nn.functional.embedding(indices, self.codebook)
+        """Indices to vectors, as ``quantized`` has them."""
+        return self.layout.decode(self.get_codes(indices))
+
+    def cross_entropy(self, x: Tensor, indices: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """−log softmax(−|x − c|² / temperature), or of the cosines, at the given indices: a mean, in nats.
+
+        Trains a model to predict codes by where they are. Vectors whose index is −1 are left out.
+        """
+        rows = self.layout.of_rows(indices)
+        loss = ops.vq_cross_entropy(self._rows(x), self.codes(), rows, temperature=temperature, metric=self.metric)
+        return mean_of_live(loss, rows >= 0)
 
     @torch.no_grad()
     def init_from(self, x: Tensor, iterations: int = 10) -> None:
         """Set the codebook by k-means on ``x`` ``[..., D]``: random distinct rows, then Lloyd.
 
         A code that loses all its vectors moves onto a random row. Time O(iterations · N · K · D),
-        memory O(N + K · D) beside ``x``.
+        memory O(N + K · D) beside ``x``. Distributed: from the joint rows of all ranks, gathered on each.
 
         Raises:
-            ValueError: ``x`` holds fewer vectors than there are codes.
+            ValueError: ``x`` holds fewer vectors than there are codes, or the codes pass through a transform.
         """
-        rows = x.reshape(-1, self.dim).to(self.codebook.dtype)
-        if rows.shape[0] < self.num_codes:
-            raise ValueError(f"k-means needs at least num_codes={self.num_codes} vectors, got {rows.shape[0]}")
-        codebook = rows[torch.randperm(rows.shape[0], device=rows.device)[: self.num_codes]]
-        usage = torch.ones_like(self.usage)
-        for _ in range(iterations):
-            usage, sums = self._statistics(rows, ops.vq_assign(rows, codebook))
-            hit = usage.unsqueeze(-1) > 0
-            codebook = torch.where(hit, sums / usage.unsqueeze(-1), self._random_rows(rows))
-        self.codebook.copy_(codebook)
-        self.usage.copy_(usage)
-        if self.learning == "ema":
-            self.sums.copy_(codebook * usage.unsqueeze(-1))
+        if self.transform is not None:
+            raise ValueError("init_from: the means of k-means lie behind the transform of this codebook")
+        rows = self._rows(x)
+        for book, vectors in enumerate(rows if self.layout.separate else [rows]):
+            self.fit(book, vectors, iterations, self.metric)
+
+    def _codes(self, codes: Tensor) -> Tensor:
+        if self.transform is not None:
+            codes = self.transform(codes).to(codes.dtype)
+        if self.metric == "cosine":
+            codes = F.normalize(codes, dim=-1)
+        if self.freeze_codebook:
+            codes = codes.detach()
+        return codes.view(self.layout.heads, self.num_codes, -1) if self.layout.separate else codes
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = self.layout.rows(x, self.codebook.dtype)
+        return F.normalize(rows, dim=-1) if self.metric == "cosine" else rows
+
+    def _sample(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor | None:
+        if not self.training or self.sample_temperature == 0.0:
+            return None
+        return ops.vq_sample(rows, codes, metric=self.metric, temperature=self.sample_temperature, mask=mask)
 
     @torch.no_grad()
-    def _update(self, rows: Tensor, indices: Tensor) -> None:
-        usage, sums = self._statistics(rows, indices)
-        self.usage.mul_(self.decay).add_(usage, alpha=1.0 - self.decay)
-        if self.learning == "ema":
-            self.sums.mul_(self.decay).add_(sums, alpha=1.0 - self.decay)
-            remembered = self.usage.unsqueeze(-1) > _FORGOTTEN
-            means = self.sums / self.usage.unsqueeze(-1)
-            self.codebook.copy_(torch.where(remembered, means, self.codebook))
-        if self.revive_below > 0.0:
-            self._revive(rows)
-
-    def _statistics(self, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        counts, sums = ops.code_statistics(rows, indices, self.num_codes)
-        per_code = self.num_codes / rows.shape[0]
-        return counts * per_code, sums * per_code
-
-    def _revive(self, rows: Tensor) -> None:
-        dead = self.usage < self.revive_below
-        fresh = self._random_rows(rows)
-        self.usage.masked_fill_(dead, 1.0)
-        dead = dead.unsqueeze(-1)
-        self.codebook.copy_(torch.where(dead, fresh, self.codebook))
-        if self.learning == "ema":
-            self.sums.copy_(torch.where(dead, fresh, self.sums))
-
-    def _random_rows(self, rows: Tensor) -> Tensor:
-        return rows[torch.randint(rows.shape[0], (self.num_codes,), device=rows.device)]
+    def _learn(
+        self, rows: Tensor, indices: Tensor, mask: Tensor | None, update: str, code_weight: Tensor | None
+    ) -> None:
+        books = rows if self.layout.separate else rows.unsqueeze(0)
+        offset = self.num_codes * torch.arange(len(books), device=rows.device).unsqueeze(-1)
+        indices = indices.view(len(books), -1)
+        indices = torch.where(indices < 0, -1, indices + offset).view(-1)
+        # Where gradients move the codes, only the hits are asked for: vectors of size 0.
+        counted = books if self.learning == "ema" else books[..., :0]
+        totals = ops.code_totals(counted.reshape(len(indices), counted.shape[-1]), indices, len(self.usage))
+        if update == "later":
+            self.accumulate(totals)
+        elif self.revive_below > 0.0 and books.shape[1] > 0:
+            number, owned = (part.view(len(books), -1) for part in self.draw(len(self.usage), books.shape[1]))
+            if mask is not None:
+                owned = owned & mask.view(len(books), -1).gather(1, number)
+            candidates = books.take_along_dim(number.unsqueeze(-1), 1)
+            self.update(totals, candidates.flatten(0, 1), owned.flatten(), code_weight)
+        else:
+            self.update(totals, code_weight=code_weight)
 
     def extra_repr(self) -> str:
         return (
-            f"{self.num_codes}, {self.dim}, learning={self.learning!r}, "
-            f"commitment_weight={self.commitment_weight}, decay={self.decay}, "
+            f"{self.num_codes}, {self.dim}, learning={self.learning!r}, metric={self.metric!r}, "
+            f"gradient={self.gradient!r}, commitment_weight={self.commitment_weight}, decay={self.decay}, "
             f"revive_below={self.revive_below}"
         )

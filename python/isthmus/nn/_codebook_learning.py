@@ -1,0 +1,251 @@
+"""A codebook as state: how it learns from hits, how dead codes come back, and how ranks agree on both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from isthmus import ops, random
+
+
+class Codebook(nn.Module):
+    """The codes of one or several books, and what they learn from.
+
+    Books lie one after the other in ``codebook`` ``[R, d]``, R the sum of ``sizes``: one book, one for each head or
+    group, one for each stage.
+
+    A step of learning needs from the ranks the hits of each code, the sums of the vectors that hit it and the
+    vectors that dead codes may move onto. They travel in one flat buffer, in one all-reduce. Candidate k is row
+    u_k · N of the joint batch of N rows, with u_k from the noise stream of ``revival_key``: state, the same on all
+    ranks and advanced by each step. So every rank computes the same codebook, and it is the codebook that one
+    process would have computed from the joint batch.
+    """
+
+    codebook: Tensor
+    usage: Tensor
+    sums: Tensor | None
+    pending: Tensor | None
+    revival_key: Tensor
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dim: int,
+        *,
+        learning: str,
+        decay: float,
+        eps: float,
+        revive_below: float,
+        freeze_codebook: bool,
+        sync_codebook: bool,
+    ) -> None:
+        if learning not in ("ema", "gradient"):
+            raise ValueError(f"learning must be 'ema' or 'gradient', got {learning!r}")
+        for name, value in (("decay", decay), ("revive_below", revive_below)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if not 0.0 <= eps < math.inf:
+            raise ValueError(f"eps must be finite and not negative, got {eps}")
+        if min(sizes) < 1:
+            raise ValueError(f"num_codes must be at least 1, got {min(sizes)}")
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.learning = learning
+        self.decay = decay
+        self.eps = eps
+        self.revive_below = revive_below
+        self.freeze_codebook = freeze_codebook
+        self.sync_codebook = sync_codebook
+        codebook = torch.randn(sum(sizes), dim)
+        self.register_buffer("usage", torch.ones(len(codebook)))
+        self.register_buffer("revival_key", random.key())
+        # Hits and sums of micro-batches whose update is still to come; made by the first of them.
+        self.register_buffer("pending", None, persistent=False)
+        if learning == "ema":
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("sums", codebook.clone())
+        else:
+            self.codebook = nn.Parameter(codebook)
+            self.register_buffer("sums", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Codebook:
+        """Averages follow the module to its device, but into no dtype whose digits they would outlive."""
+        exact = {name: buffer for name, buffer in (("usage", self.usage), ("sums", self.sums)) if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of ``usage``: how many codes of a book are in use, [] or one for each book."""
+        share = [book / book.sum() for book in self.books(self.usage)]
+        entropy = torch.stack([torch.special.entr(p).sum() for p in share])
+        return entropy.exp().squeeze()
+
+    @property
+    def learns(self) -> bool:
+        """Whether a forward changes the codebook."""
+        return self.training and not self.freeze_codebook
+
+    @property
+    def distributed(self) -> bool:
+        """Whether hits, sums and candidates are those of all ranks."""
+        return self.sync_codebook and has_ranks()
+
+    def books(self, flat: Tensor) -> list[Tensor]:
+        """What belongs to all codes, cut into what belongs to those of each book."""
+        return list(flat.split(self.sizes))
+
+    @torch.no_grad()
+    def fit(self, book: int, rows: Tensor, iterations: int, metric: str = "euclidean") -> None:
+        """Set one book by k-means on ``rows`` ``[N, d]`` of all ranks; its means and usage are those of the vectors."""
+        rows = _gather(rows) if self.distributed else rows
+        size = self.sizes[book]
+        if len(rows) < size:
+            raise ValueError(f"k-means needs at least num_codes={size} vectors, got {len(rows)}")
+        codebook, usage = rows[self._uniform(len(rows)).argsort()[:size]], torch.ones_like(self.books(self.usage)[book])
+        for _ in range(iterations):
+            hits, sums = ops.code_statistics(rows, ops.vq_assign(rows, codebook, metric=metric), size)
+            # A code that loses all its vectors moves onto a random one.
+            other = rows[(self._uniform(size) * len(rows)).long().clamp_max(len(rows) - 1)]
+            codebook = torch.where(hits.unsqueeze(-1) > 0, sums / hits.unsqueeze(-1), other).to(rows.dtype)
+            usage = hits * (size / len(rows))
+        self.books(self.usage)[book].copy_(usage)
+        self.books(self.codebook)[book].copy_(codebook)
+        if self.sums is not None:
+            self.books(self.sums)[book].copy_(codebook * usage.unsqueeze(-1))
+
+    @torch.no_grad()
+    def accumulate(self, totals: Tensor) -> None:
+        """Keep hits and sums of a micro-batch for the update to come."""
+        if self.pending is None:
+            self.pending = torch.zeros_like(totals)
+        self.pending.add_(totals)
+
+    @torch.no_grad()
+    def draw(self, count: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Rows of the joint batch, drawn with replacement: their numbers on this rank, and whether they are on it.
+
+        The joint batch is that of the ranks one after the other, each with as many ``rows`` as this one.
+        """
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.distributed else (0, 1)
+        number = (self._uniform(count) * (rows * ranks)).long().clamp_max(rows * ranks - 1) - rank * rows
+        return number.clamp(0, rows - 1), (number >= 0) & (number < rows)
+
+    def _uniform(self, count: int) -> Tensor:
+        """The next float64 numbers of the stream of ``revival_key``: the distribution function of its normals."""
+        uniform = torch.special.ndtr(ops.gaussian_noise(self.revival_key, (count,), torch.float64))
+        self.revival_key[1].add_(count)
+        return uniform
+
+    @torch.no_grad()
+    def update(
+        self,
+        totals: Tensor,
+        candidates: Tensor | None = None,
+        owned: Tensor | None = None,
+        code_weight: Tensor | None = None,
+    ) -> None:
+        """Move the codebook by the hits and sums of a step, and dead codes onto candidates.
+
+        Args:
+            totals: [R · (1 + d)], counts and then sums; [R] counts alone for a codebook learned by gradient.
+            candidates: [R, d], the vector of this rank that a code may move onto.
+            owned: bool [R], whether this rank has one.
+            code_weight: [R], multiplies the step 1 − decay of a code.
+        """
+        if self.pending is not None:
+            totals = totals + self.pending
+            self.pending.zero_()
+        if candidates is not None and owned is not None:
+            candidates = candidates.to(totals.dtype).masked_fill(~owned.unsqueeze(-1), 0.0)
+            totals, owners, candidates = self._shared(totals, owned.to(totals.dtype), candidates)
+            # A masked row is nobody's, and a row may be that of two where ranks have batches of different sizes:
+            # no candidate, which the update reads as NaN.
+            candidates = candidates.masked_fill((owners != 1.0).unsqueeze(-1), torch.nan)
+        else:
+            (totals,) = self._shared(totals)
+        counts, sums = totals.split([len(self.usage), len(totals) - len(self.usage)])
+        of_code = [self.codebook, self.usage, counts, code_weight, candidates]
+        of_code += [None, None] if self.sums is None else [self.sums, sums.view_as(self.sums)]
+        for codebook, usage, counts, code_weight, candidates, sums, batch_sums in zip(
+            *(self._stacks(tensor) for tensor in of_code), strict=True
+        ):
+            ops.update_codebook_(
+                codebook,
+                usage,
+                sums,
+                counts,
+                batch_sums,
+                decay=self.decay,
+                eps=self.eps,
+                code_weight=code_weight,
+                candidates=None if candidates is None else candidates.to(codebook.dtype),
+                revive_below=self.revive_below,
+            )
+
+    def _shared(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return all_reduce(*tensors) if self.distributed else tensors
+
+    def _stacks(self, flat: Tensor | None) -> list[Tensor | None]:
+        """Books of equal size as one batch ``[books, K, ...]``; others one by one."""
+        if len(set(self.sizes)) == 1:
+            return [None if flat is None else flat.view(len(self.sizes), self.sizes[0], *flat.shape[1:])]
+        return [None] * len(self.sizes) if flat is None else list(flat.split(self.sizes))
+
+
+def check_gradient(gradient: str) -> None:
+    """Raise ``ValueError`` unless ``gradient`` is one of the two ways through a quantizer."""
+    if gradient not in ("straight_through", "rotation"):
+        raise ValueError(f"gradient must be 'straight_through' or 'rotation', got {gradient!r}")
+
+
+def check_update(update: str) -> None:
+    """Raise ``ValueError`` unless ``update`` is one of the two times."""
+    if update not in ("now", "later"):
+        raise ValueError(f"update must be 'now' or 'later', got {update!r}")
+
+
+def embed(indices: Tensor, codes: Tensor) -> Tensor:
+    """Rows of codes ``[K, d]`` at ``[...]``, or of ``[H, K, d]`` at ``[..., H]``: ``[..., d]``; zeros at −1."""
+    if codes.dim() == 3:
+        return torch.stack([embed(indices[..., h], book) for h, book in enumerate(codes)], dim=-2)
+    absent = indices == -1
+    return F.embedding(indices.masked_fill(absent, 0), codes).masked_fill(absent.unsqueeze(-1), 0.0)
+
+
+def mean_of_live(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over rows that count; the others hold zeros."""
+    return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)
+
+
+def has_ranks() -> bool:
+    """Whether ``torch.distributed`` is initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_reduce(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sums over all ranks, by one collective."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """The rows of all ranks one after the other, however many each has."""
+    lengths = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(rows), device=rows.device))
+    counts = [int(length) for length in lengths]
+    padded = [rows.new_empty(max(counts), rows.shape[1]) for _ in counts]
+    dist.all_gather(padded, F.pad(rows, (0, 0, 0, max(counts) - len(rows))))
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
