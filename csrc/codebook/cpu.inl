@@ -3,6 +3,7 @@
 // search.inl finds the best codes of rows in cache, lookup.inl makes it the op; the rest is what follows from indices.
 
 #include "codebook/kernels.h"
+#include "core/amx_tiles.h"
 #include "core/dispatch.h"
 #include "core/product.h"
 #include "core/sort.h"

@@ -7,10 +7,15 @@
 // A register tile is 6 rows by 4 vectors at AVX-512: 24 multiply-adds for ten loads. It multiplies *words*: a number of
 // the compute type or, in a coarse screen, a pair of bfloat16.
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(ISTHMUS_TILES)
 constexpr bool has_coarse_words = true;
 #else
 constexpr bool has_coarse_words = false;
+#endif
+#if defined(ISTHMUS_TILES)
+constexpr int words_at_once = tile_side;
+#else
+constexpr int words_at_once = 1;
 #endif
 
 constexpr int tile_height = 6;
@@ -18,6 +23,10 @@ constexpr int tile_height = 6;
 constexpr int tile_vectors = 4;  // of 32 registers
 #else
 constexpr int tile_vectors = 2;  // of 16 registers
+#endif
+
+#if defined(ISTHMUS_TILES)
+#include "codebook/screen_tiles.inl"
 #endif
 
 // Rounded to bfloat16, in the upper half of the word; for finite numbers.
@@ -76,12 +85,12 @@ struct Panels {
         codes(codes_),
         dim(dim_),
         slabs((codes + slab_codes<C> - 1) / slab_codes<C>),
-        depth(coarse ? (dim + 1) / 2 : dim),
+        depth(coarse ? (dim + 2 * words_at_once - 1) / (2 * words_at_once) * words_at_once : dim),
         columns(slabs * slab_codes<C> * depth),
         offsets(slabs * slab_codes<C>),
         bounds(metric, dim, slabs, coarse) {
     parallel_for(slabs, grain_of(slab_codes<C> * dim), [&](int64_t begin, int64_t end) {
-      const Buffer<C> scratch((dim + 1) * size);
+      const Buffer<C> scratch((coarse ? 2 * depth : depth) * size);
       for (int64_t s = begin; s < end; ++s) {
         pack(s, codebook + s * slab_codes<C> * dim, lengths + s * slab_codes<C>, scratch.data);
       }
@@ -96,7 +105,7 @@ struct Panels {
       const int64_t found = (left - v + group_codes - 1) / group_codes;
       const int64_t count = found < 0 ? 0 : found < size ? found : size;
       pack_rows<size>(first + v * dim, group_codes * dim, count, dim, column);
-      store(column + dim * size, Vec<C>{});
+      for (int64_t k = dim; coarse && k < 2 * depth; ++k) store(column + k * size, Vec<C>{});
       if (metric == Metric::cosine) normalize(column, count, lengths + v);
       const Vec<C> square = squares(column);
       const Mask<C> wild = ~(square < static_cast<C>(tame_square<C>));
@@ -156,9 +165,18 @@ struct Panels {
   // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows of words.
   void meet(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
     if constexpr (has_coarse_words && sizeof(C) == 4) {
-      if (coarse) return meet_rows<true>(slab, rows, stride, count, maxima, step);
+      if (coarse) return meet_coarse(slab, rows, stride, count, maxima, step);
     }
     meet_rows<false>(slab, rows, stride, count, maxima, step);
+  }
+
+  void meet_coarse(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
+#if defined(ISTHMUS_TILES)
+    meet_slab(columns.data + slab * slab_codes<C> * depth, offsets.data + slab * slab_codes<C>, depth, rows, stride,
+              count, maxima, step);
+#else
+    meet_rows<true>(slab, rows, stride, count, maxima, step);
+#endif
   }
 
   template <bool Coarse>

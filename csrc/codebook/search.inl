@@ -86,6 +86,9 @@ struct BlockSearch {
   // The same among the codes of some slabs alone.
   void search_slabs(int64_t begin, int64_t end, const C* rows, int64_t stride, int64_t count, int64_t* indices,
                     double* scores) {
+#if defined(ISTHMUS_TILES)
+    const TileSession session;
+#endif
     for (int64_t r = 0; r < count; ++r) prepare(r, rows + r * stride, {scores + r * best, indices + r * best, best});
     for (int64_t slab = begin; slab < end; slab += slabs_at_once) {
       const int64_t slabs = end - slab < slabs_at_once ? end - slab : slabs_at_once;
