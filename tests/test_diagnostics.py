@@ -31,6 +31,25 @@ def test_active_units_count_the_means_that_move():
     assert diagnostics.active_units(mean, threshold=0.1).tolist() == [True, False, False]
 
 
+def test_code_histogram_counts_what_was_chosen():
+    indices = torch.randint(-1, 9, (4, 5, 6))
+    counts = diagnostics.code_histogram(indices, 12)
+    assert torch.equal(counts, indices[indices >= 0].bincount(minlength=12).float())
+    assert diagnostics.code_usage(counts) == (counts > 0).sum() / 12
+
+
+def test_perplexity_is_the_number_of_codes_in_even_use():
+    counts = torch.zeros(3, 16)
+    counts[0, 3] = 7
+    counts[1, ::2] = 5
+    counts[2] = torch.rand(16) + 0.1
+    found = diagnostics.perplexity(counts)
+    entropy = torch.distributions.Categorical(probs=counts[2]).entropy()
+    torch.testing.assert_close(found, torch.stack([torch.tensor(1.0), torch.tensor(8.0), entropy.exp()]))
+    assert diagnostics.code_usage(counts).tolist() == [1 / 16, 0.5, 1.0]
+    assert diagnostics.perplexity(torch.zeros(4)).isnan()
+
+
 @pytest.mark.parametrize("scale_type", ["logvar", "std", "softplus", "square"])
 def test_kl_per_dimension_adds_up_to_the_mean_divergence(scale_type):
     mean, prior_mean = torch.randn(2, 50, 4, dtype=torch.float64).unbind()

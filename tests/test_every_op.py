@@ -212,7 +212,9 @@ def test_opcheck(schema):
     assert calls, f"no case of tests/cases.py reaches isthmus::{schema}"
     for func, args in calls[:4]:
         # What is written in place must not be a leaf that requires a gradient.
-        floats = not func._schema.is_mutable and any(isinstance(a, torch.Tensor) and a.is_floating_point() for a in args)
+        floats = not func._schema.is_mutable and any(
+            isinstance(a, torch.Tensor) and a.is_floating_point() for a in args
+        )
         leaves = tree_map(
             lambda a: a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a, args
         )

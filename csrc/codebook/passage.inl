@@ -3,8 +3,8 @@
 // With u = x/|x| + c/|c|, the rotation in the plane of x and c that takes x/|x| to c/|c| is
 // R = I - 2 u uᵀ/|u|² + 2 (c/|c|) (x/|x|)ᵀ, and c = λ R x with λ = |c|/|x|. Held constant, they send g to λ Rᵀ g, which
 // is a mixture of g, x and c: five sums over the row give its coefficients, and nothing of R is stored. |u|² is summed
-// from the components, as 2 + 2 cos would lose its digits where x and c are nearly opposed; where they are exactly so,
-// u = 0 and R is the reflection that is left.
+// from the components, as 2 + 2 cos would lose its digits where x and c are nearly opposed. Where they are opposed but
+// for rounding, |u| <= 4 ε, u has no direction: its term is left out, and R is the reflection that remains.
 
 // What reaches x is of_grad · g + of_x · x + of_code · c.
 template <class C>
@@ -37,7 +37,9 @@ Passage<Compute<T>> rotation(const T* x, const U* code, const T* grad, int64_t d
     ug += u * g;
     cg += b * g;
   }
+  constexpr C epsilon = sizeof(C) == 4 ? C(0x1p-23) : C(0x1p-52);
   const C length = sum_lanes<C>(uu), scale = c_length * per_x;
-  const C along_u = length > 0 ? -2 * sum_lanes<C>(ug) / length : 0, along_x = along_u + 2 * sum_lanes<C>(cg);
+  const C along_u = length <= 16 * epsilon * epsilon ? 0 : -2 * sum_lanes<C>(ug) / length;
+  const C along_x = along_u + 2 * sum_lanes<C>(cg);
   return {scale, scale * along_x * per_x, scale * along_u * per_c};
 }

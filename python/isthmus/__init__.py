@@ -5,6 +5,7 @@ isthmus.nn         bottleneck modules built on them
 isthmus.objectives bounds, divergences and distances to train them with
 isthmus.distributions torch.distributions with fused sampling, densities and divergences
 isthmus.diagnostics what a trained latent code is used for
+isthmus.clustering k-means for the start of a codebook
 isthmus.models     autoencoders and Bayesian networks built on those
 isthmus.reference  the same ops in plain PyTorch: the specification
 """
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 import isthmus._load  # noqa: F401  isort: split
-from isthmus import _C, diagnostics, distributions, nn, objectives, ops
+from isthmus import _C, clustering, diagnostics, distributions, nn, objectives, ops
 from isthmus.random import fold_in, key, split
 
 __version__: str = _C.build_info()["version"]
 __all__ = [
     "build_info",
+    "clustering",
     "diagnostics",
     "distributions",
     "fold_in",

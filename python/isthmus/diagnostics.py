@@ -1,7 +1,7 @@
-"""What a latent code is used for: active units, divergence by dimension, mutual information, collapse.
+"""What a latent code is used for: active units, divergence by dimension, mutual information, collapse; codes in use.
 
-All from the posteriors of a set of data vectors, N(mean_n, s_n²). Use the whole test set: the numbers describe the
-aggregate over it.
+From the posteriors of a set of data vectors, N(mean_n, s_n²), or from their codes. Use the whole test set: the numbers
+describe the aggregate over it.
 """
 
 from __future__ import annotations
@@ -135,6 +135,57 @@ def classify_dimensions(usage: Tensor, *, tolerance: float = 0.05) -> list[str]:
     """
     above = (usage >= tolerance).long() + (usage > 1.0 - tolerance).long()
     return [_KINDS[i] for i in above.tolist()]
+
+
+def code_histogram(indices: Tensor, num_codes: int) -> Tensor:
+    """How often each code of a codebook was chosen.
+
+    Args:
+        indices: int64 [...], in [-1, num_codes); -1, a masked vector, is left out.
+        num_codes: K.
+
+    Returns:
+        float32 [K]. Nothing waits for the device, unlike ``torch.bincount``.
+
+    Example:
+        >>> code_histogram(torch.tensor([[2, 0], [2, -1]]), 4)
+        tensor([1., 0., 2., 0.])
+    """
+    no_vectors = torch.empty((*indices.shape, 0), device=indices.device)
+    return ops.code_statistics(no_vectors, indices, num_codes)[0]
+
+
+def code_usage(counts: Tensor) -> Tensor:
+    """Share of the codes that were chosen at all.
+
+    Args:
+        counts: [..., K], of ``code_histogram`` or ``ops.code_statistics``.
+
+    Returns:
+        [...], in [0, 1].
+
+    Example:
+        >>> code_usage(torch.tensor([1.0, 0.0, 2.0, 0.0]))
+        tensor(0.5000)
+    """
+    return (counts > 0).float().mean(-1)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """How many codes are in use, each counted by how evenly: exp of the entropy of the distribution of hits.
+
+    Args:
+        counts: [..., K], hits of each code, or anything proportional to them.
+
+    Returns:
+        [...], between 1 (one code receives everything) and K (all receive the same); NaN without any hit.
+
+    Example:
+        >>> perplexity(torch.tensor([5.0, 5.0, 0.0, 5.0]))
+        tensor(3.)
+    """
+    shares = counts / counts.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()
 
 
 @dataclass(frozen=True)

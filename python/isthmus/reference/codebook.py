@@ -135,8 +135,9 @@ def rotate(x: Tensor, code: Tensor) -> Tensor:
     ``r = (x^ + c^) / |x^ + c^|``. The value is the code; the gradient g reaches ``x`` as
     ``lambda R^T g``, linear in g, and second derivatives with respect to ``x`` and the code are 0.
 
-    Where x and c are exactly opposed r is 0, which leaves a reflection. Where x is 0 there is no
-    direction to rotate: the gradient passes unchanged. Where the code is 0, lambda is 0.
+    Where x and c are opposed but for rounding (``|x^ + c^| <= 4 eps``) r has no direction and counts as
+    0, which leaves a reflection. Where x is 0 the gradient passes unchanged. Where the code is 0, lambda
+    is 0.
 
     Args:
         x: shape [..., D].
@@ -151,7 +152,7 @@ def rotate(x: Tensor, code: Tensor) -> Tensor:
         c_hat = code / torch.where(code_length == 0, 1.0, code_length)
         r = x_hat + c_hat
         length = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-        r = r / torch.where(length == 0, 1.0, length)
+        r = torch.where(length <= 4 * torch.finfo(x.dtype).eps, 0.0, r / length)
         scale = code_length / torch.where(x_length == 0, 1.0, x_length)
     rotated = x - 2 * r * (r * x).sum(-1, keepdim=True) + 2 * c_hat * (x_hat * x).sum(-1, keepdim=True)
     return torch.where(x_length == 0, x, scale * rotated)
