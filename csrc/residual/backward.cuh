@@ -145,7 +145,7 @@ struct StageSums {
   template <class T, class Body, class Args, class After>
   void run(const Args& args, void* stream, After&& after) {
     const int64_t rows = codes.groups * codes.rows;
-    widen<T>(codes.x, rows * codes.dim, residuals, stream);
+    widen_all<T>(codes.x, rows * codes.dim, residuals, stream);
     for_each_stage(codes, [&](const Stage& stage) {
       Arena of_stage = scratch;
       GroupSums<C> sums = sums_of(stage, of_stage);

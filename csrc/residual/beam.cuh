@@ -2,6 +2,7 @@
 // best of their continuations, and what these leave over.
 #pragma once
 
+#include "codebook/exact.cuh"
 #include "residual/stages.cuh"
 
 namespace isthmus::cuda {
@@ -82,21 +83,18 @@ __global__ void __launch_bounds__(block_threads) clear_indices_kernel(ResidualSe
   for (int64_t q = 0; q < args.codes.stages; ++q) args.indices[row * args.codes.stages + q] = -1;
 }
 
-// A warp takes a continuation. table: of the group and stage.
+// In the operations of the CPU's search. table: of the group and stage.
 template <class C>
 __global__ void __launch_bounds__(block_threads)
     errors_kernel(int64_t count, int64_t dim, const C* table, Beam<C> beam, Continuations next) {
-  const int64_t i = warp_number();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x;
   if (i >= count) return;
   const C* residual = beam.residuals + i / next.best * dim;
   const C* code = table + next.nearest[i] * dim;
-  double sum = 0;
-  for (int64_t k = warp_lane(); k < dim; k += warp_size) {
-    const double difference = static_cast<double>(residual[k]) - static_cast<double>(code[k]);
-    sum += difference * difference;
-  }
-  sum = warp_total(sum);
-  if (warp_lane() == 0) next.errors[i] = sum;
+  next.errors[i] = exact_sum(dim, [&](int64_t k) {
+    const double difference = __dsub_rn(widen(residual[k]), widen(code[k]));
+    return __dmul_rn(difference, difference);
+  });
 }
 
 // The first `width` places of a stable sort by error; what is not a number comes last.
@@ -178,8 +176,8 @@ void search_group(const ResidualSearch& args, SearchLayout<T>& layout, int64_t g
   const ResidualCodes& codes = args.codes;
   const int64_t group_row = group * codes.rows;
   layout.beams[0].width = 1;
-  widen<T>(static_cast<const T*>(codes.x) + group_row * codes.dim, codes.rows * codes.dim, layout.beams[0].residuals,
-           stream);
+  widen_all<T>(static_cast<const T*>(codes.x) + group_row * codes.dim, codes.rows * codes.dim,
+               layout.beams[0].residuals, stream);
   for_each_stage(codes, [&](const Stage& stage) {
     const C* table = layout.tables + (group * codes.codes + stage.start) * codes.dim;
     const Beam<C>& from = layout.beams[stage.number % 2];
@@ -197,8 +195,8 @@ void search_group(const ResidualSearch& args, SearchLayout<T>& layout, int64_t g
     const int64_t found = from.width * next.best, count = codes.rows * found;
     to.width = found < args.beam ? found : args.beam;
     if (args.beam > 1) {
-      launch("errors", errors_kernel<C>, blocks_of_warps(count), block_threads, 0, stream, count, codes.dim, table,
-             from, next);
+      launch("errors", errors_kernel<C>, divide_up(count, block_threads), block_threads, 0, stream, count, codes.dim,
+             table, from, next);
       launch("rank", rank_kernel, divide_up(codes.rows, block_threads), block_threads, 0, stream, codes.rows, found,
              to.width, next);
     }
@@ -212,7 +210,7 @@ void search(const ResidualSearch& args, void* stream) {
   const ResidualCodes& codes = args.codes;
   Arena arena(args.workspace);
   SearchLayout<T> layout(args, arena);
-  widen<T>(codes.tables, codes.groups * codes.codes * codes.dim, layout.tables, stream);
+  widen_all<T>(codes.tables, codes.groups * codes.codes * codes.dim, layout.tables, stream);
   launch("clear_indices", clear_indices_kernel, divide_up(codes.groups * codes.rows, block_threads), block_threads, 0,
          stream, args);
   for (int64_t group = 0; group < codes.groups; ++group) search_group<T>(args, layout, group, stream);

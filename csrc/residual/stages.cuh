@@ -40,14 +40,14 @@ inline void find_places(const ResidualCodes& codes, const int64_t* indices, int6
 }
 
 template <class T>
-__global__ void __launch_bounds__(block_threads) widen_kernel(const T* from, int64_t count, Compute<T>* to) {
+__global__ void __launch_bounds__(block_threads) widen_all_kernel(const T* from, int64_t count, Compute<T>* to) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x;
   if (i < count) to[i] = to_compute(from[i]);
 }
 
 template <class T>
-void widen(const void* from, int64_t count, Compute<T>* to, void* stream) {
-  launch("widen", widen_kernel<T>, divide_up(count, block_threads), block_threads, 0, stream,
+void widen_all(const void* from, int64_t count, Compute<T>* to, void* stream) {
+  launch("widen_all", widen_all_kernel<T>, divide_up(count, block_threads), block_threads, 0, stream,
          static_cast<const T*>(from), count, to);
 }
 
