@@ -81,14 +81,33 @@ void define_schemas(StableLibrary& m) {
   m.def("residual_vq_quantize(Tensor x, Tensor codebooks, Tensor? stages, SymInt[] sizes, int beam, str gradient, float commitment_weight) -> (Tensor, Tensor, Tensor)");
   m.def("residual_vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebooks, Tensor indices, SymInt[] sizes, str gradient, float commitment_weight, bool need_x, bool need_codebooks) -> (Tensor, Tensor)");
   m.def("residual_code_totals(Tensor x, Tensor codebooks, Tensor indices, SymInt[] sizes) -> Tensor");
+
   // assignment
   m.def("vq_sample(Tensor x, Tensor codebook, Tensor? mask, Tensor key, str metric, float temperature) -> Tensor");
   m.def("vq_soft_quantize(Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool hard) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("vq_soft_quantize_backward(Tensor grad, Tensor soft, Tensor normalizer, Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+  m.def("vq_soft_quantize_backward(Tensor grad, Tensor centred, Tensor normalizer, Tensor x, Tensor codebook, Tensor? mask, Tensor? key, str metric, float temperature, float relaxation, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
   m.def("vq_soft_statistics(Tensor x, Tensor codebook, Tensor? mask, str metric, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def("vq_soft_statistics_backward(Tensor? grad_entropy, Tensor? grad_usage, Tensor entropy, Tensor normalizer, Tensor x, Tensor codebook, Tensor? mask, str metric, float temperature, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
   m.def("vq_cross_entropy(Tensor x, Tensor codebook, Tensor indices, str metric, float temperature) -> (Tensor, Tensor)");
   m.def("vq_cross_entropy_backward(Tensor grad, Tensor normalizer, Tensor x, Tensor codebook, Tensor indices, str metric, float temperature, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+
+  // scalar
+  m.def("fsq_quantize(Tensor x, int[] levels, Tensor? mask, Tensor? key, bool symmetric, bool hard_clamp, float noise_dropout) -> (Tensor, Tensor)");
+  m.def("fsq_quantize_backward(Tensor grad, Tensor x, int[] levels, Tensor? mask, bool symmetric, bool hard_clamp) -> Tensor");
+  m.def("lfq_quantize(Tensor x, Tensor? mask, float scale, bool spherical) -> (Tensor, Tensor, Tensor)");
+  m.def("lfq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor? mask, float scale, bool spherical) -> Tensor");
+  m.def("lfq_quantize_entropy(Tensor x, Tensor? mask, float scale, bool spherical, float inverse_temperature, int codebooks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("lfq_quantize_entropy_backward(Tensor grad_quantized, Tensor grad_error, Tensor grad_entropy, Tensor grad_bit_counts, Tensor x, Tensor? mask, float scale, bool spherical, float inverse_temperature, int codebooks) -> Tensor");
+  m.def("latent_quantize(Tensor x, Tensor codebooks, int[] levels, Tensor? mask, float commitment_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("latent_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebooks, int[] levels, Tensor? mask, float commitment_weight, bool need_codebooks) -> (Tensor, Tensor)");
+  m.def("fsq_decode(Tensor indices, int[] levels, bool symmetric, bool first_highest, float scale, ScalarType dtype) -> Tensor");
+  m.def("latent_decode(Tensor indices, Tensor codebooks, int[] levels) -> Tensor");
+  m.def("latent_decode_backward(Tensor grad, Tensor indices, int[] levels) -> Tensor");
+  m.def("binary_map(Tensor logits, Tensor? key, str gradient, float temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("binary_map_backward(Tensor grad_bits, Tensor grad_entropy, Tensor logits, Tensor? key, str gradient, float temperature) -> Tensor");
+  m.def("pack_bits(Tensor indices, int bits) -> Tensor");
+  m.def("unpack_bits(Tensor packed, int bits, SymInt length) -> Tensor");
+  m.def("narrow_indices(Tensor indices, int num_codes) -> Tensor");
 
   // sparse
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");

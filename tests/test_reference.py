@@ -640,7 +640,18 @@ def test_indices_out_of_range_are_refused(index):
 
 @pytest.mark.parametrize(
     "family",
-    ["gaussian", "likelihood", "divergence", "pairwise", "categorical", "codebook", "residual", "sparse", "bayes"],
+    [
+        "gaussian",
+        "likelihood",
+        "divergence",
+        "pairwise",
+        "categorical",
+        "codebook",
+        "residual",
+        "scalar",
+        "sparse",
+        "bayes",
+    ],
 )
 def test_docstring_examples(family):
     failed, attempted = doctest.testmod(importlib.import_module(f"isthmus.reference.{family}"))

@@ -12,6 +12,7 @@ from cases.gaussian import gaussian_cases
 from cases.likelihood import likelihood_cases
 from cases.pairwise import pairwise_cases
 from cases.residual import residual_cases
+from cases.scalar import scalar_cases
 from cases.sparse import sparse_cases
 
 __all__ = ["CASES", "Case", "as_tuple"]
@@ -24,6 +25,7 @@ CASES = (
     + codebook_cases()
     + assignment_cases()
     + residual_cases()
+    + scalar_cases()
     + sparse_cases()
     + bayes_cases()
 )
