@@ -16,6 +16,8 @@ from vector_quantize_pytorch import VectorQuantize
 from isthmus import nn, ops
 
 SMALL = {"N": 1024, "K": 128, "D": 64}
+CHUNK = 1 << 21
+"""Distances at a time in the plain search: what stays in cache."""
 
 
 def data(shape: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,15 @@ def data(shape: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    return torch.addmm(codebook.square().sum(1), x, codebook.t(), alpha=-2).argmin(1)
+    norms = codebook.square().sum(1)
+    parts = x.split(max(1, CHUNK // len(codebook)))
+    return torch.cat([torch.addmm(norms, part, codebook.t(), alpha=-2).argmin(1) for part in parts])
+
+
+def nearest_few(x: Tensor, codebook: Tensor, count: int) -> Tensor:
+    norms = codebook.square().sum(1)
+    parts = x.split(max(1, CHUNK // len(codebook)))
+    return torch.cat([torch.addmm(norms, part, codebook.t(), alpha=-2).topk(count, largest=False)[1] for part in parts])
 
 
 @shapes(
@@ -33,6 +43,8 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
         {"N": 16384, "K": 1024, "D": 64},
         {"N": 16384, "K": 8192, "D": 64},
         {"N": 16384, "K": 1024, "D": 256},
+        {"N": 16384, "K": 8192, "D": 256},
+        {"N": 65536, "K": 512, "D": 8},
     ),
 )
 def bench_vq_assign(contest, shape):
@@ -53,6 +65,52 @@ def bench_vq_assign(contest, shape):
             lambda x, _: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
         ),
         isthmus=ops.vq_assign,
+        compare=compare,
+        flops=2 * shape["N"] * shape["K"] * shape["D"],
+    )
+
+
+@shapes(SMALL, large=({"N": 16384, "K": 8192, "D": 64},))
+def bench_vq_assign_topk(contest, shape):
+    """The eight nearest codes, nearest first."""
+    count = 8
+    x, codebook = data(shape)
+    index = faiss.IndexFlatL2(shape["D"])
+    index.add(codebook.numpy())
+
+    def compare(indices: Tensor) -> tuple[Tensor, ...]:
+        return ((x.unsqueeze(1) - codebook[indices]).square().sum(-1),)
+
+    contest(
+        x,
+        codebook,
+        plain=lambda x, codebook: nearest_few(x, codebook, count),
+        peer=("faiss IndexFlatL2", lambda x, _: torch.from_numpy(index.search(x.numpy(), count)[1])),
+        isthmus=lambda x, codebook: ops.vq_assign(x, codebook, topk=count),
+        compare=compare,
+        flops=2 * shape["N"] * shape["K"] * shape["D"],
+    )
+
+
+@shapes(SMALL, large=({"N": 16384, "K": 8192, "D": 64},))
+def bench_vq_assign_cosine(contest, shape):
+    x, codebook = data(shape)
+    index = faiss.IndexFlatIP(shape["D"])
+    index.add(F.normalize(codebook).numpy())
+
+    def most_similar(x: Tensor, codebook: Tensor) -> Tensor:
+        unit = F.normalize(codebook)
+        return torch.cat([(part @ unit.t()).argmax(1) for part in x.split(max(1, CHUNK // len(codebook)))])
+
+    def compare(indices: Tensor) -> tuple[Tensor, ...]:
+        return (F.cosine_similarity(x, codebook[indices]),)
+
+    contest(
+        x,
+        codebook,
+        plain=most_similar,
+        peer=("faiss IndexFlatIP", lambda x, _: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])),
+        isthmus=lambda x, codebook: ops.vq_assign(x, codebook, metric="cosine"),
         compare=compare,
         flops=2 * shape["N"] * shape["K"] * shape["D"],
     )
@@ -137,7 +195,7 @@ class MovingAverageQuantizer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["fwd+bwd"])
-@shapes(SMALL, large=({"N": 16384, "K": 1024, "D": 64},))
+@shapes(SMALL, large=({"N": 16384, "K": 1024, "D": 64}, {"N": 16384, "K": 8192, "D": 64}))
 def bench_vq_training_step(contest, shape, mode):
     """Quantize, pass the gradient back, and move the codebook by moving averages."""
     _, codes, dims = shape.values()
