@@ -41,10 +41,29 @@ struct Candidate {
 // Behind every code there is.
 __device__ __forceinline__ Candidate nobody() { return {__longlong_as_double(0x7ff8000000000000ll), 0x7fffffff}; }
 
+// The maxima of the rows of a block, which neighbour each other in memory: read by all threads together. Those of the
+// first 32 Ki codes (float64: 16 Ki); a warp reads what is beyond them itself.
+template <class C>
+struct BlockMaxima {
+  static constexpr int rows = block_threads / warp_size, groups = 4096 / sizeof(C);
+  C values[rows][groups + warp_size / rows];  // the padding keeps the threads of a warp in different banks
+
+  template <class Plan>
+  __device__ __forceinline__ void fill(const Plan& plan) {
+    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * rows, stride = plan.chunk_tiles * Plan::tile;
+    const int row = threadIdx.x % rows;
+    for (int g = threadIdx.x / rows; g < groups && g < plan.groups; g += block_threads / rows) {
+      values[row][g] = plan.maxima[g * stride + first_row + row];
+    }
+  }
+};
+
 // The search of one row.
 template <class T, class Operand>
 struct RowSearch {
+  using C = Compute<Operand>;
   const SearchPlan<T, Operand>& plan;
+  const BlockMaxima<C>& maxima;
   const int64_t head, chunk_row;
   const T* x;
   const RowBound bound;
@@ -53,8 +72,10 @@ struct RowSearch {
   Candidate mine;   // lane i has the i-th best so far
   Candidate last;   // of those wanted
 
-  __device__ __forceinline__ RowSearch(const SearchPlan<T, Operand>& plan_, const RowPlace& place, int64_t chunk_row_)
+  __device__ __forceinline__ RowSearch(const SearchPlan<T, Operand>& plan_, const BlockMaxima<C>& maxima_,
+                                       const RowPlace& place, int64_t chunk_row_)
       : plan(plan_),
+        maxima(maxima_),
         head(place.head),
         chunk_row(chunk_row_),
         x(static_cast<const T*>(plan.args.x) + place.head * plan.args.head_stride + place.row * plan.args.row_stride),
@@ -94,7 +115,8 @@ struct RowSearch {
   }
 
   __device__ __forceinline__ double upper(int64_t group) const {
-    const double screened = plan.maxima[group * plan.chunk_tiles * plan.tile + chunk_row];
+    const double screened = group < maxima.groups ? maxima.values[threadIdx.x / warp_size][group]
+                                                  : plan.maxima[group * plan.chunk_tiles * plan.tile + chunk_row];
     return upper_bound<Operand>(plan.args.metric, screened, bound, plan.bounds[head * plan.groups + group], plan.depth);
   }
 
@@ -142,6 +164,9 @@ __global__ void __launch_bounds__(block_threads) select_kernel(SearchPlan<T, Ope
   const CodeSearch& args = plan.args;
   const int64_t chunk_row = warp_number();
   const RowPlace place(plan, first_tile, chunk_row);
+  __shared__ BlockMaxima<Compute<Operand>> maxima;
+  maxima.fill(plan);
+  __syncthreads();
   if (!place.exists) return;
   const int64_t row = place.head * args.rows + place.row;
   int64_t* indices = args.indices + row * args.best;
@@ -150,7 +175,7 @@ __global__ void __launch_bounds__(block_threads) select_kernel(SearchPlan<T, Ope
   if (masked) {
     for (int64_t i = warp_lane(); i < args.best; i += warp_size) indices[i] = -1;
   } else {
-    RowSearch<T, Operand> search(plan, place, chunk_row);
+    RowSearch<T, Operand> search(plan, maxima, place, chunk_row);
     for (int64_t found = 0; found < args.best; found += warp_size) {
       const int64_t left = args.best - found;
       search.find_next(static_cast<int>(left < warp_size ? left : warp_size));
