@@ -78,15 +78,15 @@ struct RowBound {
   C slope = 0, length = 0, absolute = 0;
 
   RowBound() = default;
-  // square = |x|², lost = |δx|².
-  RowBound(double square, double lost, int64_t dim) {
+  // square = |x|², lost = |δx|² of a coarse screen.
+  RowBound(double square, double lost, bool coarse, int64_t dim) {
     if (!(square < tame_square<C>)) {
       absolute = static_cast<C>(__builtin_inf());
       return;
     }
     const double count = roundings(dim), enlarged = (1 + count * rounding_unit<C>)*raise<C>;
     const double whole = __builtin_sqrt(square) * enlarged;
-    const double part = lost == 0 ? 0 : __builtin_sqrt(lost) * enlarged + least_length<C>;
+    const double part = coarse ? __builtin_sqrt(lost) * enlarged + least_length<C> : 0;
     slope = static_cast<C>((part + count * rounding_unit<C> * whole) * raise<C>);
     length = static_cast<C>((whole + part) * raise<C>);
     absolute = static_cast<C>((count * 0x1p-53 * square + count * flushed<C> * (1 + whole)) * raise<C>);

@@ -111,7 +111,7 @@ struct BlockSearch {
     if constexpr (sizeof(C) == 4) {
       if (panels.coarse) lost = write_words(x, panels.dim, words.data + r * word_stride);
     }
-    bounds[r] = RowBound<C>(squared_length(x, panels.dim), lost, panels.dim);
+    bounds[r] = RowBound<C>(squared_length(x, panels.dim), lost, panels.coarse, panels.dim);
     found.clear();
     for (int64_t i = 0; i < best; ++i) bars.data[r * best + i] = -static_cast<C>(__builtin_inf());
   }

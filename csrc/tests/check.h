@@ -33,7 +33,11 @@ __attribute__((format(printf, 4, 5))) bool report_check(bool passed, const char*
 struct LevelTests {
   void (*run)();
 };
+#if defined(ISTHMUS_MATRIX_TESTS)
+ISTHMUS_DECLARE_MATRIX_KERNELS(LevelTests, level_tests)
+#else
 ISTHMUS_DECLARE_KERNELS(LevelTests, level_tests)
+#endif
 
 // Ends a test file that is compiled for each level.
 #define ISTHMUS_LEVEL_TESTS(run)              \

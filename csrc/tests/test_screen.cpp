@@ -1,0 +1,111 @@
+// Tries to break the bound of codebook/bound.inl: vectors whose rounding errors all point one way, cancel, or vanish.
+// For each group of codes the screened maximum must be within the bound of the exact one, in long double.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+#define ISTHMUS_EMULATE_AMX  // so that this level, too, has a coarse screen to test
+#endif
+#include "codebook/kernels.h"
+#include "core/amx_tiles.h"
+#include "core/buffer.h"
+#include "core/dispatch.h"
+#include "core/parallel.h"
+#include "core/product.h"
+#include "core/tiles.h"
+
+namespace isthmus::ISTHMUS_LEVEL {
+namespace {
+
+#include "codebook/search.inl"
+
+constexpr int64_t codes = 150, rows = 7;
+std::mt19937 engine(1);
+
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(engine); }
+
+template <class C>
+long double exact_score(Metric metric, const C* x, const C* c, int64_t dim) {
+  long double product = 0, square = 0;
+  for (int64_t k = 0; k < dim; ++k) {
+    product += static_cast<long double>(x[k]) * c[k];
+    square += static_cast<long double>(c[k]) * c[k];
+  }
+  if (metric == Metric::euclidean) return product - square / 2;
+  return metric == Metric::cosine && square > 0 ? product / std::sqrt(square) : product;
+}
+
+// Returns the largest share of its bound that an error took up.
+template <bool Coarse, class C>
+double check_bounds(const BlockSearch<C>& block, Metric metric, const C* x, const C* codebook, int64_t dim,
+                    const char* name) {
+  double share = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t group = 0; group * group_codes < codes; ++group) {
+      const int64_t slab = group / lanes<C>, lane = group % lanes<C>;
+      long double exact = -__builtin_inf();
+      for (int64_t i = group * group_codes; i < codes && i < (group + 1) * group_codes; ++i) {
+        exact = std::max(exact, exact_score(metric, x + r * dim, codebook + i * dim, dim));
+      }
+      const double bound = block.template bound<Coarse>(r, slab, block.panels.bounds.ceilings.data)[lane];
+      const double error = static_cast<double>(std::fabs(block.maximum(r, slab)[lane] - exact));
+      CHECK_THAT(error <= bound, "%s: error %g, bound %g (dim %ld, metric %d, row %ld, group %ld)", name, error, bound,
+                 static_cast<long>(dim), static_cast<int>(metric), static_cast<long>(r), static_cast<long>(group));
+      if (error > 0) share = std::max(share, error / bound);
+    }
+  }
+  return share;
+}
+
+// make(k) draws one component.
+template <class C, class Make>
+void test_kind(const char* name, Make make) {
+  double share = 0;
+  for (Metric metric : {Metric::euclidean, Metric::cosine, Metric::inner_product}) {
+    for (int64_t dim : {1, 2, 15, 16, 33, 64, 257, 2000}) {
+      std::vector<C> x, codebook;
+      for (int64_t i = 0; i < rows * dim; ++i) x.push_back(static_cast<C>(make(i % dim)));
+      for (int64_t i = 0; i < codes * dim; ++i) codebook.push_back(static_cast<C>(make(i % dim)));
+      // Squares of such float64 vanish, and with them the length by which cosine divides.
+      if (metric == Metric::cosine && sizeof(C) == 8 && std::fabs(codebook[0]) < least_length<C>) continue;
+      const PackedCodes<C> packed(metric, codebook.data(), codes, dim);
+      BlockSearch<C> block(packed, 1);
+      std::vector<int64_t> indices(rows);
+      block.search(x.data(), dim, rows, indices.data(), nullptr);
+      const auto check = packed.panels.coarse ? check_bounds<true, C> : check_bounds<false, C>;
+      share = std::max(share, check(block, metric, x.data(), codebook.data(), dim, name));
+    }
+  }
+  std::printf("%-20s in %s: errors of up to %.2f of the bound\n", name, sizeof(C) == 4 ? "float32" : "float64", share);
+}
+
+template <class C>
+void test_all() {
+  test_kind<C>("uniform", [](int64_t) { return uniform(-1, 1); });
+  test_kind<C>("one sign", [](int64_t) { return uniform(0.5, 1); });
+  // Just under the middle between two bfloat16: what rounding takes away is largest, and of one sign.
+  test_kind<C>("middles of bfloat16", [](int64_t) { return 1 + 0x1p-8 - 0x1p-20 * uniform(0, 1); });
+  test_kind<C>("middles of float", [](int64_t) { return 1 + 0x1p-24 * std::floor(uniform(0, 16)); });
+  test_kind<C>("cancelling", [](int64_t k) { return (k % 2 == 0 ? 1 : -1) * (1000 + uniform(0, 0.01)); });
+  test_kind<C>("all magnitudes",
+               [](int64_t) { return std::ldexp(uniform(-1, 1), static_cast<int>(uniform(-40, 20))); });
+  test_kind<C>("a long component", [](int64_t k) { return (k == 0 ? 1e6 : 1) * uniform(-1, 1); });
+  const int lowest = sizeof(C) == 4 ? -149 : -1074, middle = lowest / 2;
+  test_kind<C>("subnormal",
+               [=](int64_t) { return std::ldexp(uniform(-1, 1), lowest + static_cast<int>(uniform(0, 30))); });
+  test_kind<C>("subnormal products",
+               [=](int64_t) { return std::ldexp(uniform(-1, 1), middle + static_cast<int>(uniform(-8, 8))); });
+  test_kind<C>("nearly wild", [](int64_t) { return std::ldexp(uniform(0.5, 1), 54); });
+}
+
+void run() {
+  test_all<float>();
+  test_all<double>();
+}
+
+}  // namespace
+}  // namespace isthmus::ISTHMUS_LEVEL
+
+ISTHMUS_LEVEL_TESTS(run)
