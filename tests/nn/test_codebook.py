@@ -136,10 +136,22 @@ def test_kmeans_ends_where_every_code_is_the_mean_of_its_vectors():
 def test_kmeans_moves_codes_that_share_a_vector():
     x = torch.cat([torch.zeros(14, 2), 100.0 * torch.randn(6, 2)])
     quantizer = nn.VectorQuantizer(7, 2, learning="gradient").eval()
-    quantizer.init_from(x, iterations=0)
-    assert quantizer.encode(x).unique().numel() < 5
     quantizer.init_from(x, iterations=50)
     assert quantizer(x).loss < 1e-6
+
+
+def test_kmeans_follows_from_the_state():
+    x, quantizers = torch.randn(40, 2), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        quantizers.append(nn.VectorQuantizer(7, 2))
+        torch.manual_seed(5)
+        quantizers[-1].init_from(x)
+    one, same, other = (quantizer.codebook for quantizer in quantizers)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    quantizers[0].init_from(x)
+    assert not torch.equal(quantizers[0].codebook, same)
 
 
 def test_kmeans_needs_as_many_vectors_as_codes():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from isthmus import ops, random
+from isthmus import clustering, ops, random
+from isthmus.diagnostics import perplexity
 
 
 class Codebook(nn.Module):
@@ -86,10 +87,8 @@ class Codebook(nn.Module):
 
     @property
     def perplexity(self) -> Tensor:
-        """exp of the entropy of ``usage``: how many codes of a book are in use, [] or one for each book."""
-        share = [book / book.sum() for book in self.books(self.usage)]
-        entropy = torch.stack([torch.special.entr(p).sum() for p in share])
-        return entropy.exp().squeeze()
+        """How many codes of a book are in use, by how evenly they are: ``[]``, or one number for each book."""
+        return torch.stack([perplexity(usage) for usage in self.books(self.usage)]).squeeze()
 
     @property
     def learns(self) -> bool:
@@ -112,13 +111,10 @@ class Codebook(nn.Module):
         size = self.sizes[book]
         if len(rows) < size:
             raise ValueError(f"k-means needs at least num_codes={size} vectors, got {len(rows)}")
-        codebook, usage = rows[self._uniform(len(rows)).argsort()[:size]], torch.ones_like(self.books(self.usage)[book])
-        for _ in range(iterations):
-            hits, sums = ops.code_statistics(rows, ops.vq_assign(rows, codebook, metric=metric), size)
-            # A code that loses all its vectors moves onto a random one.
-            other = rows[(self._uniform(size) * len(rows)).long().clamp_max(len(rows) - 1)]
-            codebook = torch.where(hits.unsqueeze(-1) > 0, sums / hits.unsqueeze(-1), other).to(rows.dtype)
-            usage = hits * (size / len(rows))
+        key = random.fold_in(self.revival_key, 0)
+        self.revival_key[1].add_(1)
+        codebook, counts = clustering.kmeans(rows, size, iterations=iterations, metric=metric, key=key)
+        usage = counts * (size / len(rows))
         self.books(self.usage)[book].copy_(usage)
         self.books(self.codebook)[book].copy_(codebook)
         if self.sums is not None:
@@ -138,14 +134,11 @@ class Codebook(nn.Module):
         The joint batch is that of the ranks one after the other, each with as many ``rows`` as this one.
         """
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.distributed else (0, 1)
-        number = (self._uniform(count) * (rows * ranks)).long().clamp_max(rows * ranks - 1) - rank * rows
-        return number.clamp(0, rows - 1), (number >= 0) & (number < rows)
-
-    def _uniform(self, count: int) -> Tensor:
-        """The next float64 numbers of the stream of ``revival_key``: the distribution function of its normals."""
+        # Uniform, as the distribution function of normals.
         uniform = torch.special.ndtr(ops.gaussian_noise(self.revival_key, (count,), torch.float64))
         self.revival_key[1].add_(count)
-        return uniform
+        number = (uniform * (rows * ranks)).long().clamp_max(rows * ranks - 1) - rank * rows
+        return number.clamp(0, rows - 1), (number >= 0) & (number < rows)
 
     @torch.no_grad()
     def update(

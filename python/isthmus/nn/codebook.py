@@ -259,10 +259,10 @@ class VectorQuantizer(Codebook):
 
     @torch.no_grad()
     def init_from(self, x: Tensor, iterations: int = 10) -> None:
-        """Set the codebook by k-means on ``x`` ``[..., D]``: random distinct rows, then Lloyd.
+        """Set the codebook by :func:`isthmus.clustering.kmeans` on ``x``, and the averages as if it had been learned.
 
-        A code that loses all its vectors moves onto a random row. Time O(iterations · N · K · D),
-        memory O(N + K · D) beside ``x``. Distributed: from the joint rows of all ranks, gathered on each.
+        Random distinct vectors, then ``iterations`` ≥ 1 of Lloyd's. Repeatable: the draws follow from ``revival_key``.
+        Distributed: from the vectors of all ranks, gathered on each.
 
         Raises:
             ValueError: ``x`` holds fewer vectors than there are codes, or the codes pass through a transform.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isthmus import ops
+from isthmus import clustering, ops
 
 
 class CodebookFeaturesOutput(NamedTuple):
@@ -76,6 +76,13 @@ class CodebookFeatures(nn.Module):
         """The sum of codes: int64 ``[..., k]`` to ``[..., D]``."""
         ones = torch.ones_like(indices, dtype=self.codebook.dtype)
         return ops.sparse_decode(ones, indices, self.codebook)
+
+    @torch.no_grad()
+    def init_from(self, x: Tensor, iterations: int = 10) -> None:
+        """Set the codes to 1/k of the means that k-means finds in ``x`` ``[..., D]``."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.codebook.dtype)
+        codebook, _ = clustering.kmeans(rows, len(self.codebook), iterations=iterations)
+        self.codebook.copy_(codebook / self.k)
 
     def _activate(self, indices: Tensor, chosen: Tensor) -> Tensor:
         if chosen.dim() != 1 or len(chosen) > self.k:
