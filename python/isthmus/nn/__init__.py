@@ -13,11 +13,15 @@ from .gaussian import GaussianBottleneck, GaussianBottleneckOutput
 from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
 from .random_projection import RandomProjectionQuantizer
 from .residual import GroupedResidualVQ, ResidualVQ, ResidualVQOutput
+from .scalar import FSQ, LFQ, BinaryMapper, LatentQuantizer, LFQOutput, ScalarQuantizerOutput
 from .sparse import TopKSAE, TopKSAEOutput
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "AffineCodebook",
     "BayesLinear",
+    "BinaryMapper",
     "CodeDiversity",
     "CodeOrthogonality",
     "CodebookFeatures",
@@ -28,9 +32,12 @@ __all__ = [
     "GroupedResidualVQ",
     "KeyValueBottleneck",
     "KeyValueBottleneckOutput",
+    "LFQOutput",
+    "LatentQuantizer",
     "RandomProjectionQuantizer",
     "ResidualVQ",
     "ResidualVQOutput",
+    "ScalarQuantizerOutput",
     "SimVQ",
     "TopKSAE",
     "TopKSAEOutput",

@@ -212,13 +212,14 @@ def lfq_code_counts(
     bits = x.shape[-1]
     rows = x.reshape(-1, bits)
     kept = None if mask is None else mask.reshape(-1, 1)
+    rows = rows if kept is None else torch.where(kept, rows, 0.0)
 
     def block(rows: Tensor, kept: Tensor | None) -> Tensor:
         logits = reference.scalar._bit_logits(rows, scale, spherical, inverse_temperature)
         high, low = _code_table(logits[:, : bits // 2]), _code_table(logits[:, bits // 2 :])
         high = high if kept is None else torch.where(kept, high, 0.0)
         with torch.autocast(x.device.type, enabled=False):
-            return high.T @ torch.where(low.isfinite(), low, 0.0) if kept is not None else high.T @ low
+            return high.T @ low
 
     if len(rows) <= _ROWS_AT_ONCE:
         return block(rows, kept).flatten()

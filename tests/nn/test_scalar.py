@@ -1,0 +1,197 @@
+"""What is particular to the modules of quantizers without a codebook table."""
+
+import math
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import isthmus
+from isthmus import nn, ops
+
+QUANTIZERS = {
+    "fsq": lambda **options: nn.FSQ((8, 5, 4), **options),
+    "fsq-symmetric": lambda **options: nn.FSQ((8, 5, 4), preserve_symmetry=True, bound_hard_clamp=True, **options),
+    "lfq": lambda **options: nn.LFQ(2**6, codebook_scale=0.5, **options),
+    "bsq": lambda **options: nn.LFQ(2**6, spherical=True, batch_entropy="factorized", **options),
+    "latent": lambda **options: nn.LatentQuantizer((8, 5, 4), **options),
+    "binary": lambda **options: nn.BinaryMapper(6, **options),
+}
+
+every_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
+
+
+@every_quantizer
+@pytest.mark.parametrize("num_codebooks", [1, 3])
+@pytest.mark.parametrize("shape", [(7,), (2, 9), (2, 5, 6), (2, 3, 4, 5)])
+def test_any_layout_gives_the_same_codes(make, num_codebooks, shape):
+    """Vectors alone, sequences, images and video; the index dimension of codebooks; decoding gives what came out."""
+    quantizer = make(dim=16, num_codebooks=num_codebooks).eval()
+    x, key = torch.randn(*shape, 16), isthmus.key(0)
+    extra = {"key": key} if isinstance(quantizer, nn.BinaryMapper) else {}
+    quantized, indices, loss, *_ = quantizer(x, **extra)
+    assert quantized.shape == x.shape and loss.shape == ()
+    assert indices.shape == (*shape, num_codebooks)[: len(shape) + (num_codebooks > 1)]
+    assert indices.min() >= 0 and indices.max() < quantizer.codebook_size
+    torch.testing.assert_close(quantizer.decode(indices), quantized)
+    if not extra:
+        assert torch.equal(quantizer.encode(x), indices)
+    if len(shape) > 1:
+        quantizer.layout.channel_first = True
+        image = quantizer(x.movedim(-1, 1), **extra)
+        torch.testing.assert_close(image.quantized.movedim(1, -1), quantized)
+        assert torch.equal(image.indices, indices)
+        torch.testing.assert_close(quantizer.decode(indices), image.quantized)
+
+
+@every_quantizer
+def test_padding_changes_nothing(make):
+    quantizer = make(dim=16, num_codebooks=2)
+    x, mask = torch.randn(4, 10, 16), torch.rand(4, 10) < 0.6
+    x[~mask] = 1e3
+    found = quantizer(x, mask)
+    if isinstance(quantizer, nn.BinaryMapper):
+        assert found.loss.isfinite() and (found.indices[~mask] == -1).all() and not found.quantized[~mask].any()
+        return
+    expected = quantizer(x[mask])
+    assert (found.indices[~mask] == -1).all() and not found.quantized[~mask].any()
+    assert torch.equal(found.indices[mask], expected.indices)
+    for f, e in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(f, e)
+    if found.loss.requires_grad:
+        parameters = list(quantizer.parameters())
+        grads = (torch.autograd.grad(out.loss, parameters, allow_unused=True) for out in (found, expected))
+        for g, e in zip(*grads, strict=True):
+            torch.testing.assert_close(g, e)
+
+
+@every_quantizer
+def test_half_inputs_are_quantized_in_float32(make):
+    quantizer = make(dim=16)
+    x = torch.randn(50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantizer(x).quantized
+    assert codes.dtype == torch.float32
+    for module, half in ((quantizer, x.bfloat16()), (make(dim=16).bfloat16(), x.bfloat16())):
+        out = module(half)
+        assert out.quantized.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+        assert out.indices.unique().numel() > 10
+    assert quantizer.double()(x.double()).quantized.dtype == torch.float64
+
+
+def test_lfq_loss_is_the_formula():
+    quantizer = nn.LFQ(2**5, num_codebooks=2, commitment_loss_weight=0.3, diversity_gamma=0.7, entropy_loss_weight=0.2)
+    x = torch.randn(30, 10)
+    out = quantizer(x, inv_temperature=1.5)
+    codes = ops.lfq_decode(torch.arange(32), 5)
+    vectors = x.view(30, 2, 5)
+    p = (-1.5 * torch.cdist(vectors, codes).square()).softmax(-1)
+    sample, batch = torch.special.entr(p).sum(-1).mean(), torch.special.entr(p.mean(0)).sum(-1).mean()
+    commitment = (vectors - vectors.sign()).square().mean()
+    torch.testing.assert_close(out[3:], (sample, batch, commitment))
+    torch.testing.assert_close(out.loss, 0.2 * (sample - 0.7 * batch) + 0.3 * commitment)
+
+
+def test_entropy_loss_spreads_codes():
+    """Signs of vectors that all lie in one corner leave it."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(8, 6)
+    torch.nn.init.constant_(encoder.bias, 3.0)
+    quantizer, x = nn.LFQ(2**6), torch.randn(512, 8)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
+    before = quantizer(encoder(x)).indices.unique().numel()
+    for _ in range(150):
+        optimizer.zero_grad()
+        quantizer(encoder(x), inv_temperature=1.0).loss.backward()
+        optimizer.step()
+    assert before <= 2 and quantizer(encoder(x)).indices.unique().numel() >= 48
+
+
+def test_latent_values_move_to_the_data():
+    torch.manual_seed(0)
+    quantizer = nn.LatentQuantizer((3, 3), quantization_loss_weight=1.0, commitment_loss_weight=0.0)
+    centres = torch.tensor([[-0.8, 0.1, 0.7], [-0.3, 0.2, 0.9]])
+    choice = torch.randint(0, 3, (600, 2))
+    x = torch.stack([centres[d][choice[:, d]] for d in range(2)], dim=-1) + 0.01 * torch.randn(600, 2)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        quantizer(x).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(quantizer.codebooks.detach().view(2, 3), centres, rtol=0, atol=5e-3)
+    assert quantizer(x).loss < 2e-4
+
+
+def test_free_bits_of_the_binary_mapper():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, -9.0, 0.0], [9.0, -9.0, 9.0]])
+    losses = [nn.BinaryMapper(3)(row.unsqueeze(0)).loss.item() for row in logits]
+    assert losses == pytest.approx([0.0, math.log(2), 2 * math.log(2)], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.LFQ(), "codebook_size and dim are both None"),
+        (lambda: nn.LFQ(100), "power of two"),
+        (lambda: nn.LFQ(2**30), "factorized"),
+        (lambda: nn.LFQ(8, batch_entropy="mean"), "batch_entropy is 'mean'"),
+        (lambda: nn.LatentQuantizer((3,), quantization_loss_weight=0.0), "quantization_loss_weight is 0"),
+        (lambda: nn.FSQ((3, 3))(torch.zeros(4, 3)), "expected \\[..., 2\\]"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+RANKS, ROWS = 2, 20
+LOSSES = {
+    "exact": {"batch_entropy": "exact"},
+    "factorized": {"batch_entropy": "factorized", "spherical": True},
+    "codebooks": {"batch_entropy": "exact", "num_codebooks": 2},
+}
+
+
+def trained(options, rank=None):
+    """Parameters after a few steps on the loss alone, and its last values; all rows, or those of one rank."""
+    torch.manual_seed(0)
+    size = 4 * options.get("num_codebooks", 1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, size), nn.LFQ(2**4, commitment_loss_weight=0.5, **options)).double()
+    batches, mask = torch.randn(4, RANKS * ROWS, 6).double(), torch.arange(RANKS * ROWS) < 29
+    mine = slice(None) if rank is None else slice(rank * ROWS, (rank + 1) * ROWS)
+    linear = model[0] if rank is None else DistributedDataParallel(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for batch in batches:
+        optimizer.zero_grad()
+        out = model[1](linear(batch[mine]), mask[mine], inv_temperature=0.5)
+        out.loss.backward()
+        optimizer.step()
+    return {**model.state_dict(), **{name: getattr(out, name).detach() for name in LFQ_VALUES}}
+
+
+LFQ_VALUES = ("loss", "sample_entropy", "batch_entropy", "commitment")
+
+
+def work(rank, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    torch.save({name: trained(options, rank) for name, options in LOSSES.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_entropy_of_the_joint_batch(tmp_path):
+    """Masked unevenly: 20 vectors count on one rank, 9 on the other."""
+    multiprocessing.spawn(work, (str(tmp_path / "store"), str(tmp_path)), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    for name, options in LOSSES.items():
+        alone = trained(options)
+        for key, expected in alone.items():
+            found = [rank[name][key] for rank in ranks]
+            if key in LFQ_VALUES and key != "batch_entropy":
+                found = [sum(found) / RANKS]
+            for value in found:
+                torch.testing.assert_close(value, expected)
