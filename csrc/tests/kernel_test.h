@@ -51,6 +51,7 @@ inline double decode_half(uint16_t bits, DType dtype) {
 inline uint16_t encode_half(double x, DType dtype) {
   const Format format = format_of(dtype);
   const int fraction_bits = format.precision - 1;
+  if (std::isnan(x)) return static_cast<uint16_t>((4 * format.highest + 3) << (fraction_bits - 1));
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const int exponent = x == 0 ? format.lowest : std::max(std::ilogb(x), format.lowest);
   // In units of the last place; a carry out of the fraction runs into the exponent field, as it should.
