@@ -339,6 +339,60 @@ def test_squared_error_with_full_commitment_is_an_ordinary_function(rand):
     assert gradcheck(lambda x, c: reference.vq_quantize(x, c, indices=indices)[2], (rand(4, 3), rand(5, 3)))
 
 
+def test_metrics_and_best_codes_equal_a_loop(rand):
+    x, codebook = rand(4, 3, 5).detach(), rand(4, 6, 5).detach()
+    codebook[2, 3] = 0.0
+    score = {
+        "euclidean": lambda x, c: -((x - c) ** 2).sum().item(),
+        "cosine": lambda x, c: (x @ c / c.norm()).item() if c.any() else 0.0,
+        "inner_product": lambda x, c: (x @ c).item(),
+    }
+    for metric, of in score.items():
+        found = reference.vq_assign(x, codebook, metric=metric, topk=4)
+        for head in range(4):
+            for row in range(3):
+                scores = [of(x[head, row], c) for c in codebook[head]]
+                assert found[head, row].tolist() == sorted(range(6), key=lambda k: -scores[k])[:4]
+        assert torch.equal(reference.vq_assign(x, codebook, metric=metric), found[..., 0])
+
+
+def test_rotation_is_the_rotation_that_takes_x_to_its_code(rand):
+    x, code, pull = rand(7, 5), rand(7, 5).detach(), rand(7, 5).detach()
+    rotated = reference.codebook.rotate(x, code)
+    torch.testing.assert_close(rotated, code)
+    to_x = torch.autograd.grad(rotated, x, pull)[0]
+    for row in range(7):
+        a, b = (t / t.norm() for t in (x[row].detach(), code[row]))
+        # From a to b in their plane: exp of the angle times the generator b' a^T - a b'^T, with b' orthogonal to a.
+        angle = torch.acos(a @ b)
+        across = b - (a @ b) * a
+        across = across / across.norm()
+        turn = torch.linalg.matrix_exp(angle * (torch.outer(across, a) - torch.outer(a, across)))
+        expected = code[row].norm() / x[row].norm() * turn.T @ pull[row]
+        torch.testing.assert_close(to_x[row], expected.detach())
+
+
+def test_update_equals_a_loop(rand):
+    codebook, sums, batch_sums = (rand(6, 3).detach() for _ in range(3))
+    usage, counts = positive(rand(6)).detach(), torch.tensor([3.0, 0, 5, 1, 0, 1]).double()
+    usage[1] = 0.1
+    candidates = rand(6, 3).detach()
+    found = [codebook.clone(), usage.clone(), sums.clone()]
+    reference.update_codebook_(*found, counts, batch_sums, decay=0.9, eps=0.01, candidates=candidates, revive_below=0.3)
+    mean_hits = 10 / 6
+    new_usage = [0.9 * usage[k].item() + 0.1 * counts[k].item() / mean_hits for k in range(6)]
+    for k in range(6):
+        if new_usage[k] < 0.3:
+            expected = candidates[k], 1.0, candidates[k]
+        else:
+            total = 0.9 * sums[k] + 0.1 * batch_sums[k] / mean_hits
+            smoothed = (new_usage[k] + 0.01) / (sum(new_usage) + 6 * 0.01) * sum(new_usage)
+            expected = total / smoothed, new_usage[k], total
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f[k], torch.as_tensor(e).double())
+    assert [k for k in range(6) if new_usage[k] < 0.3] == [1]
+
+
 def test_code_statistics_equal_a_loop(rand):
     x, indices = rand(4, 5, 3).detach(), torch.randint(0, 6, (4, 5))
     counts, sums = reference.code_statistics(x, indices, 7)
@@ -593,9 +647,9 @@ one = torch.ones(1, 2)
         ),
         (lambda: reference.gumbel_softmax(one, noise=one[0]), r"noise has shape \[2\]; expected \[1, 2\]"),
         (lambda: reference.categorical_kl(one, reduction="none"), r"reduction is 'none'; expected 'row', 'sum'"),
-        (lambda: reference.vq_assign(one, one, topk=2), r"topk is 2; expected 1"),
-        (lambda: reference.vq_assign(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
-        (lambda: reference.vq_quantize(one, one, metric="cosine"), r"metric is 'cosine'; expected"),
+        (lambda: reference.vq_assign(one, one, topk=2), r"topk is 2; expected 1 to 1"),
+        (lambda: reference.vq_assign(one, one, metric="l1"), r"metric is 'l1'; expected"),
+        (lambda: reference.vq_quantize(one, one, metric="l1"), r"metric is 'l1'; expected"),
         (lambda: reference.vq_quantize(one, one, gradient="no"), r"gradient is 'no'; expected"),
         (lambda: reference.topk_encode(one, one, None, 2), r"k is 2; expected 1 to 1"),
         (lambda: reference.topk_encode(one, one, None, 0), r"k is 0; expected 1 to 1"),
