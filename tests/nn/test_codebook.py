@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -175,6 +177,32 @@ def test_half_precision_vectors_are_searched_in_the_precision_of_the_codebook():
 def test_arguments_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         nn.VectorQuantizer(8, 4, **options)
+
+
+def peak_memory():
+    """Bytes at the highest point since the last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("rows", [2048, 16384])
+def test_a_training_step_needs_a_few_copies_of_vectors_and_codes(learning, rows):
+    """Distances would take 67 or 537 MB."""
+    quantizer = nn.VectorQuantizer(8192, 64, learning=learning)
+    x = torch.randn(rows, 64, requires_grad=True)
+
+    def step():
+        quantized, _, loss = quantizer(x)
+        (loss + quantized.sum()).backward()
+
+    step()
+    x.grad = quantizer.codebook.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    step()
+    assert peak_memory() - before < 4 * (x.numel() + quantizer.codebook.numel()) * 4
 
 
 @pytest.mark.parametrize("learning", LEARNING)

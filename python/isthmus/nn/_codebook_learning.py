@@ -152,7 +152,7 @@ class Codebook(nn.Module):
 
         Args:
             totals: [R · (1 + d)], counts and then sums; [R] counts alone for a codebook learned by gradient.
-            candidates: [R, d], the vector of this rank that a code may move onto.
+            candidates: [R, d], the vector of this rank that a code may move onto; overwritten.
             owned: bool [R], whether this rank has one.
             code_weight: [R], multiplies the step 1 − decay of a code.
         """
@@ -160,13 +160,16 @@ class Codebook(nn.Module):
             totals = totals + self.pending
             self.pending.zero_()
         if candidates is not None and owned is not None:
-            candidates = candidates.to(totals.dtype).masked_fill(~owned.unsqueeze(-1), 0.0)
-            totals, owners, candidates = self._shared(totals, owned.to(totals.dtype), candidates)
-            # A masked row is nobody's, and a row may be that of two where ranks have batches of different sizes:
-            # no candidate, which the update reads as NaN.
-            candidates = candidates.masked_fill((owners != 1.0).unsqueeze(-1), torch.nan)
-        else:
-            (totals,) = self._shared(totals)
+            candidates = candidates.to(totals.dtype)
+            if self.distributed:
+                candidates.masked_fill_(~owned.unsqueeze(-1), 0.0)
+                totals, owners, candidates = all_reduce(totals, owned.to(totals.dtype), candidates)
+                # Where ranks have batches of different sizes, a row may be nobody's, or that of two.
+                owned = owners == 1.0
+            # What is nobody's or masked is no candidate, which the update reads as NaN.
+            candidates.masked_fill_(~owned.unsqueeze(-1), torch.nan)
+        elif self.distributed:
+            (totals,) = all_reduce(totals)
         counts, sums = totals.split([len(self.usage), len(totals) - len(self.usage)])
         of_code = [self.codebook, self.usage, counts, code_weight, candidates]
         of_code += [None, None] if self.sums is None else [self.sums, sums.view_as(self.sums)]
@@ -185,9 +188,6 @@ class Codebook(nn.Module):
                 candidates=None if candidates is None else candidates.to(codebook.dtype),
                 revive_below=self.revive_below,
             )
-
-    def _shared(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return all_reduce(*tensors) if self.distributed else tensors
 
     def _stacks(self, flat: Tensor | None) -> list[Tensor | None]:
         """Books of equal size as one batch ``[books, K, ...]``; others one by one."""
@@ -214,6 +214,11 @@ def embed(indices: Tensor, codes: Tensor) -> Tensor:
         return torch.stack([embed(indices[..., h], book) for h, book in enumerate(codes)], dim=-2)
     absent = indices == -1
     return F.embedding(indices.masked_fill(absent, 0), codes).masked_fill(absent.unsqueeze(-1), 0.0)
+
+
+def pick(books: Tensor, number: Tensor) -> Tensor:
+    """Rows of each book: ``[B, N, d]`` at ``[B, M]``, to ``[B, M, d]``."""
+    return torch.stack([rows.index_select(0, chosen) for rows, chosen in zip(books, number, strict=True)])
 
 
 def mean_of_live(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from isthmus import ops
 
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live
+from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick
 
 
 class VectorQuantizerOutput(NamedTuple):
@@ -308,8 +308,7 @@ class VectorQuantizer(Codebook):
             number, owned = (part.view(len(books), -1) for part in self.draw(len(self.usage), books.shape[1]))
             if mask is not None:
                 owned = owned & mask.view(len(books), -1).gather(1, number)
-            candidates = books.take_along_dim(number.unsqueeze(-1), 1)
-            self.update(totals, candidates.flatten(0, 1), owned.flatten(), code_weight)
+            self.update(totals, pick(books, number).flatten(0, 1), owned.flatten(), code_weight)
         else:
             self.update(totals, code_weight=code_weight)
 

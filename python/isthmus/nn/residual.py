@@ -11,7 +11,7 @@ from torch import Tensor
 from isthmus import ops
 
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live
+from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick
 
 
 class ResidualVQOutput(NamedTuple):
@@ -270,21 +270,20 @@ class ResidualVQ(Codebook):
         most = max(self.num_codes)
         rows, indices = rows.view(self.groups, -1, rows.shape[-1]), indices.view(self.groups, -1, self.num_quantizers)
         number, owned = (part.view(self.groups, most) for part in self.draw(self.groups * most, rows.shape[1]))
-        residual = rows.take_along_dim(number.unsqueeze(-1), 1)
-        path = indices.take_along_dim(number.unsqueeze(-1), 1)
-        candidates, reached = [], []
+        residual, path = pick(rows, number), pick(indices, number)
+        of_stage, reached = [], []
         for index, book in zip(path.unbind(-1), self.stage_list(), strict=True):
-            candidates.append(residual[:, : book.shape[-2]])
+            of_stage.append(residual[:, : book.shape[-2]])
             reached.append((owned & (index >= 0))[:, : book.shape[-2]])
             residual = residual - embed(index.T, book.view(self.groups, -1, book.shape[-1])).transpose(0, 1)
         if self.shared_codebook:
             # Code k takes the residual of stage k mod Q, so that codes of every magnitude come back.
             code = torch.arange(most, device=rows.device)
-            stage = code % self.num_quantizers
-            return torch.stack(candidates, 1)[:, stage, code].flatten(0, 1), torch.stack(reached, 1)[
-                :, stage, code
-            ].flatten()
-        return torch.cat(candidates, 1).flatten(0, 1), torch.cat(reached, 1).flatten()
+            chosen = slice(None), code % self.num_quantizers, code
+            candidates, owned = torch.stack(of_stage, 1)[chosen], torch.stack(reached, 1)[chosen]
+        else:
+            candidates, owned = torch.cat(of_stage, 1), torch.cat(reached, 1)
+        return candidates.flatten(0, 1), owned.flatten()
 
     def extra_repr(self) -> str:
         return (
