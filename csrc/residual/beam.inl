@@ -97,7 +97,8 @@ struct BlockOfRows {
     to.rows = 0;
     to.width = found < args.beam ? found : args.beam;
     for (int64_t r = 0; r < from.rows; ++r) {
-      const int64_t row = from.row.data[r];
+      const int64_t row = from.row.data[r], ahead = r + 4 < from.rows ? r + 4 : r;
+      prefetch(code(q, nearest.data[ahead * found]));
       rank(scores.data + r * found, found, to.width);
       if (active(row) == q + 1) {
         write_path(q, from, r * found + kept.data[0], best, args.indices + row * stages.count);
@@ -107,7 +108,8 @@ struct BlockOfRows {
       for (int64_t i = 0; i < to.width; ++i) {
         const int64_t place = to.rows * to.width + i, chosen = r * found + kept.data[i];
         write_path(q, from, chosen, best, to.paths.data + place * stages.count);
-        subtract(q, from.residuals.data + chosen / best * dim, nearest.data[chosen], to.residuals.data + place * dim);
+        subtract(from.residuals.data + chosen / best * dim, code(q, nearest.data[chosen]),
+                 to.residuals.data + place * dim);
       }
       ++to.rows;
     }
@@ -130,8 +132,14 @@ struct BlockOfRows {
     path[q] = nearest.data[chosen];
   }
 
-  void subtract(int64_t q, const C* residual, int64_t index, C* left_over) const {
-    const T* code = table + (stages.starts.data[q] + index) * dim;
+  const T* code(int64_t q, int64_t index) const { return table + (stages.starts.data[q] + index) * dim; }
+
+  // Codes lie far apart: several have to be waited for at once.
+  void prefetch(const T* vector) const {
+    for (int64_t k = 0; k < dim; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(vector + k);
+  }
+
+  void subtract(const C* residual, const T* code, C* left_over) const {
     for (int64_t k = 0; k < dim; k += lanes<C>) {
       store_first(left_over + k, load_first(residual + k, dim - k) - load_first(code + k, dim - k), dim - k);
     }
