@@ -403,6 +403,45 @@ def test_code_statistics_equal_a_loop(rand):
     assert reference.code_statistics(x.bfloat16(), indices, 7)[1].dtype == torch.float32
 
 
+# assignment
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner_product"])
+def test_soft_assignment_by_definition(rand, metric):
+    x, codebook, noise = rand(6, 3).detach(), rand(5, 3).detach(), rand(6, 5).detach()
+    indices = torch.tensor([0, 4, 2, -1, 1, 1])
+    score = {
+        "euclidean": lambda a, b: -sum((s - t) ** 2 for s, t in zip(a, b, strict=True)),
+        "cosine": lambda a, b: sum(s * t for s, t in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b)),
+        "inner_product": lambda a, b: sum(s * t for s, t in zip(a, b, strict=True)),
+    }[metric]
+    options = {"metric": metric, "temperature": 0.6}
+    logits = [[score(a, b) / 0.6 for b in codebook.tolist()] for a in x.tolist()]
+    relaxed = [[(v + g) / 0.8 for v, g in zip(*pair, strict=True)] for pair in zip(logits, noise.tolist(), strict=True)]
+
+    def probabilities(rows):
+        return [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in rows]
+
+    def means(rows):
+        return torch.tensor(probabilities(rows), dtype=torch.float64) @ codebook
+
+    p = probabilities(logits)
+    entropy, usage = reference.vq_soft_statistics(x, codebook, **options)
+    expected = [-sum(q * math.log(q) for q in row) for row in p]
+    assert entropy.tolist() == pytest.approx(expected)
+    assert usage.tolist() == pytest.approx([sum(column) / 6 for column in zip(*p, strict=True)])
+    loss = reference.vq_cross_entropy(x, codebook, indices, **options).tolist()
+    chosen_p = [1 if k < 0 else row[k] for row, k in zip(p, indices.tolist(), strict=True)]
+    assert loss == pytest.approx([-math.log(q) for q in chosen_p])
+    soft, chosen = reference.vq_soft_quantize(x, codebook, **options)
+    torch.testing.assert_close(soft, means(logits))
+    assert chosen.tolist() == [row.index(max(row)) for row in logits]
+    soft, _ = reference.vq_soft_quantize(x, codebook, gumbel=True, relaxation=0.8, noise=noise, **options)
+    torch.testing.assert_close(soft, means(relaxed))
+    drawn = reference.vq_sample(x, codebook, noise=noise, **options)
+    assert drawn.tolist() == [row.index(max(row)) for row in relaxed]
+
+
 # sparse
 
 
@@ -701,6 +740,7 @@ def test_indices_out_of_range_are_refused(index):
         "pairwise",
         "categorical",
         "codebook",
+        "assignment",
         "residual",
         "scalar",
         "sparse",

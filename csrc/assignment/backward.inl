@@ -207,11 +207,10 @@ struct IncomingRows {
   static constexpr int64_t width = panel_width<C>;
 
   RowPanels<C> grads;
-  Lanes<C> centre[RowPanels<C>::max_panels];  // g · (Σ p c - origin)
+  Lanes<C> centre[RowPanels<C>::max_panels];  // g·Σ p c, less that of the origin
 
   IncomingRows(const SoftQuantizeBackward& args, const RowBlock<T>& block) : grads(args.of.dim) {
     const int64_t dim = args.of.dim;
-    const C* origin = block.codes.space.origin.data;
     for (int64_t r = 0; r < block.panels() * width; ++r) {
       const int64_t row = block.first + r;
       const bool present = r < block.count && !block.hidden(row);
@@ -219,9 +218,8 @@ struct IncomingRows {
       for (int64_t d = 0; d < grads.stride; d += lanes<C>) {
         const int64_t at = row * dim + d, left = present ? dim - d : 0;
         const Vec<C> g = load_first(static_cast<const T*>(args.grad) + (present ? at : 0), left);
-        const Vec<C> mean = load_first(static_cast<const C*>(args.soft) + (present ? at : 0), left);
         store(grads.row(r) + d, g);
-        if (present) product += g * (mean - load(origin + d));
+        product += g * load_first(static_cast<const C*>(args.centred) + (present ? at : 0), left);
       }
       centre[r / width].set(r % width, sum_lanes<C>(product));
     }

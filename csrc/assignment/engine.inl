@@ -149,15 +149,16 @@ struct Codes {
   }
 
   template <int Rows>
-  ISTHMUS_NOINLINE void multiply_rows(const C* tile, const C* start, const C* panel, C* out) const {
+  ISTHMUS_NOINLINE void multiply_rows(const C* tile, const C* offset, const C* panel, C* out) const {
     Vec<C> acc[Rows][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = splat(start[r]);
+    for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = Vec<C>{};
     multiply_tile(tile, panel, dim, acc);
+    // The offset last: it may be large, and each addition to it would round.
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      store(out + r * panel_width<C>, acc[r][0]);
-      store(out + r * panel_width<C> + lanes<C>, acc[r][1]);
+      store(out + r * panel_width<C>, acc[r][0] + offset[r]);
+      store(out + r * panel_width<C> + lanes<C>, acc[r][1] + offset[r]);
     }
   }
 

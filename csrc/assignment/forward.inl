@@ -241,9 +241,10 @@ struct SoftQuantizer {
     const int64_t dim = codes.dim;
     for_each_column<C>(sum, dim, block.rows_in(panel), [&](int64_t j, int64_t d, Vec<C> of_row) {
       const int64_t row = block.row_of(panel) + j, at = row * dim + d;
-      const Vec<C> mean = load(codes.space.origin.data + d) + of_row / total.get(j);
-      const Vec<C> value = block.hidden(row) ? Vec<C>{} : mean;
-      if (args.soft != nullptr) store_first(static_cast<C*>(args.soft) + at, value, dim - d);
+      const bool hidden = block.hidden(row);
+      const Vec<C> centred = hidden ? Vec<C>{} : of_row / total.get(j);
+      const Vec<C> value = hidden ? Vec<C>{} : load(codes.space.origin.data + d) + centred;
+      store_first(static_cast<C*>(args.centred) + at, centred, dim - d);
       if (!args.hard) store_first(static_cast<T*>(args.quantized) + at, value, dim - d);
     });
   }

@@ -42,7 +42,7 @@ struct SoftQuantize {
   bool hard;         // quantized is the most probable code instead of the sum
   void* quantized;   // [heads, rows, dim]
   int64_t* indices;  // [heads, rows]
-  void* soft;        // the sum in the accumulate type, where `quantized` does not hold it; else null
+  void* centred;     // [heads, rows, dim] in the accumulate type: the sum less the mean code (euclidean)
   void* normalizer;  // [2, heads, rows] in the accumulate type: the greatest logit, and what log Σ exp is beyond it
   void* workspace;
 };
@@ -51,11 +51,10 @@ struct SoftQuantize {
 struct SoftQuantizeBackward {
   Assignment of;
   Gumbel gumbel;
-  const void* grad;        // [heads, rows, dim]
-  const void* soft;        // the sum, in the accumulate type
-  const void* normalizer;  // of the forward pass
-  void* grad_x;            // [heads, rows, dim]
-  void* grad_codebook;     // [heads, codes, dim]
+  const void* grad;                  // [heads, rows, dim]
+  const void *centred, *normalizer;  // of the forward pass
+  void* grad_x;                      // [heads, rows, dim]
+  void* grad_codebook;               // [heads, codes, dim]
   void* workspace;
 };
 

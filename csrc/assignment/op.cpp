@@ -140,25 +140,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_soft_quantize(const Tensor& x, con
                                                             double relaxation, bool hard) {
   const Inputs in(x, codebook, mask, metric, temperature);
   const NoiseInputs noise(key, relaxation, in.x);
-  const ScalarType wide = accumulate_type(in.x);
-  const bool keeps_soft = hard || in.x.scalar_type() != wide;
   const Tensor quantized = empty(sizes_of(in.x), in.x.scalar_type(), in.x);
   const Tensor indices = in.of_rows(ScalarType::Long), normalizer = in.normalizer();
-  const Tensor soft = keeps_soft ? empty(sizes_of(in.x), wide, in.x) : empty({0}, wide, in.x);
+  const Tensor centred = empty(sizes_of(in.x), accumulate_type(in.x), in.x);
   SoftQuantize args{.of = in.args,
                     .gumbel = noise.args,
                     .hard = hard,
                     .quantized = mutable_data(quantized),
                     .indices = mutable_indices(indices),
-                    .soft = data_if(keeps_soft, soft),
+                    .centred = mutable_data(centred),
                     .normalizer = mutable_data(normalizer),
                     .workspace = nullptr};
   const Tensor workspace = allocate_workspace(args, in.x);
   ISTHMUS_LAUNCH(in.x, assignment, soft_quantize, args);
-  return {quantized, indices, soft, normalizer};
+  return {quantized, indices, centred, normalizer};
 }
 
-std::tuple<Tensor, Tensor> vq_soft_quantize_backward(const Tensor& grad_, const Tensor& soft_,
+std::tuple<Tensor, Tensor> vq_soft_quantize_backward(const Tensor& grad_, const Tensor& centred_,
                                                      const Tensor& normalizer_, const Tensor& x, const Tensor& codebook,
                                                      const OptionalTensor& mask, const OptionalTensor& key,
                                                      const std::string& metric, double temperature, double relaxation,
@@ -166,14 +164,14 @@ std::tuple<Tensor, Tensor> vq_soft_quantize_backward(const Tensor& grad_, const 
   const Inputs in(x, codebook, mask, metric, temperature);
   const NoiseInputs noise(key, relaxation, in.x);
   check_like(grad_, "grad", in.x, "x");
-  check_accumulated(soft_, "soft", sizes_of(in.x), in.x);
+  check_accumulated(centred_, "centred", sizes_of(in.x), in.x);
   check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x);
-  const Tensor grad = as_contiguous(grad_), soft = as_contiguous(soft_), normalizer = as_contiguous(normalizer_);
+  const Tensor grad = as_contiguous(grad_), centred = as_contiguous(centred_), normalizer = as_contiguous(normalizer_);
   const Tensor grad_x = in.gradient(in.x, need_x), grad_codebook = in.gradient(in.codebook, need_codebook);
   SoftQuantizeBackward args{.of = in.args,
                             .gumbel = noise.args,
                             .grad = data(grad),
-                            .soft = data(soft),
+                            .centred = data(centred),
                             .normalizer = data(normalizer),
                             .grad_x = data_if(need_x, grad_x),
                             .grad_codebook = data_if(need_codebook, grad_codebook),

@@ -89,8 +89,7 @@ def vq_soft_quantize(
     quantizer of Gumbel-softmax tokenizers, its sample drawn from softmax(score / temperature).
 
     Scores, probabilities and noise exist for a few hundred codes at a time; backward makes them again. O(N·K·D) time.
-    Memory beside inputs and outputs: 3·K·D numbers forward, N·D more where the mean is kept beside a hard or half
-    output; backward 11·K·D + 2·N·D at most.
+    Memory beside inputs and outputs: 3·K·D + N·D numbers forward, 11·K·D + 2·N·D at most backward.
 
     Args:
         x, codebook, metric, mask: as in ``vq_sample``.
@@ -164,9 +163,8 @@ def vq_soft_statistics(
         RuntimeError: dtypes, devices or shapes do not fit, there is no code, or ``temperature`` is not positive.
 
     Example:
-        >>> entropy, mean = vq_soft_statistics(torch.tensor([[0.0], [9.0]]), torch.tensor([[-1.0], [1.0]]))
-        >>> entropy, mean
-        (tensor([6.9315e-01, 8.5811e-15]), tensor([0.2500, 0.7500]))
+        >>> vq_soft_statistics(torch.tensor([[0.0], [1.0]]), torch.tensor([[-1.0], [1.0]]))
+        (tensor([0.6931, 0.0901]), tensor([0.2590, 0.7410]))
     """
     check_choice("metric", metric, _METRICS)
     entropy, usage, _ = _vq_soft_statistics(x, codebook, mask, metric, temperature)
@@ -236,13 +234,12 @@ def _(x, codebook, mask, key, metric, temperature):
 
 @torch.library.register_fake("isthmus::vq_soft_quantize")
 def _(x, codebook, mask, key, metric, temperature, relaxation, hard):
-    wide = accumulate_dtype(x)
-    soft = x.new_empty(x.shape if hard or x.dtype != wide else (0,), dtype=wide)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64), soft, _normalizer(x)
+    indices, centred = x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape, dtype=accumulate_dtype(x))
+    return x.new_empty(x.shape), indices, centred, _normalizer(x)
 
 
 @torch.library.register_fake("isthmus::vq_soft_quantize_backward")
-def _(grad, soft, normalizer, x, codebook, mask, key, metric, temperature, relaxation, need_x, need_codebook):
+def _(grad, centred, normalizer, x, codebook, mask, key, metric, temperature, relaxation, need_x, need_codebook):
     return _gradients_like(x, codebook, need_x, need_codebook)
 
 
@@ -286,9 +283,9 @@ def _keep(gradients, needs):
 
 def _quantize_setup(ctx, inputs, output):
     x, codebook, mask, key, ctx.metric, ctx.temperature, ctx.relaxation, _ = inputs
-    quantized, indices, soft, normalizer = output
-    ctx.mark_non_differentiable(indices, soft, normalizer)
-    ctx.save_for_backward(soft if soft.shape == x.shape else quantized, normalizer, x, codebook, mask, key)
+    _, indices, centred, normalizer = output
+    ctx.mark_non_differentiable(indices, centred, normalizer)
+    ctx.save_for_backward(centred, normalizer, x, codebook, mask, key)
 
 
 def _quantize_backward(ctx, grad, *_):
@@ -297,7 +294,7 @@ def _quantize_backward(ctx, grad, *_):
     return _for_inputs(ctx, grads, 6)
 
 
-def _quantize_gradients(grad, soft, normalizer, x, codebook, mask, key, metric, temperature, relaxation, *needs):
+def _quantize_gradients(grad, centred, normalizer, x, codebook, mask, key, metric, temperature, relaxation, *needs):
     noise = None if key is None else _ops.gumbel_noise(key, (*x.shape[:-1], codebook.shape[-2]), accumulate_dtype(x))
 
     def quantize(x, codebook):

@@ -112,7 +112,7 @@ def vq_soft_statistics(
 
     Example:
         >>> vq_soft_statistics(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]))
-        (tensor([0.6931]), tensor([[0.5000, 0.5000]]).squeeze(0))
+        (tensor([0.6931]), tensor([0.5000, 0.5000]))
     """
     entropy, usage = soft_statistics_sums(x, codebook, metric=metric, temperature=temperature, mask=mask)
     rows = x.new_ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
