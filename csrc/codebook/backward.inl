@@ -1,7 +1,8 @@
 // Included by cpu.inl: gradients of the quantized vectors and of their squared errors.
 //
-// Rows are visited code by code, so one pass reads x once for both gradients. If the codebook needs none, no rows are
-// sorted.
+// The two gradients are two passes: rows in their own order for x, and code by code for the codebook. Doing both code
+// by code would read x and the gradient once less, but write rows in a random order, which costs twice what it saves.
+// If the codebook needs no gradient, nothing is sorted.
 
 template <class T>
 struct Backward {
@@ -85,26 +86,19 @@ void backward(const QuantizeBackward& args) {
   const int64_t* code_of = codes.values.data;
   const int64_t rows = args.heads * args.rows;
   dispatch_dtype(args.dtype, [&]<class T>() {
-    using C = Compute<T>;
     const Backward<T> body{args};
     if (args.grad_x != nullptr) {
       parallel_for(rows, grain_of(args.dim), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          if (code_of[row] < 0) {
-            body.clear_row(row);
-          } else if (args.grad_codebook == nullptr) {
-            body.to_row(row, code_of[row]);
-          }
+          code_of[row] < 0 ? body.clear_row(row) : body.to_row(row, code_of[row]);
         }
       });
     }
-    if (args.grad_codebook == nullptr) return;
-    sum_groups<C>(
-        Groups(code_of, rows, args.heads * args.codes), args.dim,
-        [&](int64_t row, int64_t code, C* sum) {
-          if (args.grad_x != nullptr) body.to_row(row, code);
-          body.to_code(row, code, sum);
-        },
-        [&](int64_t code, const C* sum) { body.write_code(code, sum); });
+    if (args.grad_codebook != nullptr) {
+      sum_groups<Compute<T>>(
+          Groups(code_of, rows, args.heads * args.codes), args.dim,
+          [&](int64_t row, int64_t code, auto* sum) { body.to_code(row, code, sum); },
+          [&](int64_t code, const auto* sum) { body.write_code(code, sum); });
+    }
   });
 }
