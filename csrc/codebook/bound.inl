@@ -32,43 +32,9 @@ struct GroupNorms {
   Mask<C> wild = {};
 
   ISTHMUS_INLINE void meet(Vec<C> its_square, Vec<C> its_lost, Mask<C> is_wild) {
-    square = greater(is_wild ? Vec<C>{} : its_square, square);
-    lost = greater(is_wild ? Vec<C>{} : its_lost, lost);
+    square = greater(its_square, square);
+    lost = greater(its_lost, lost);
     wild |= is_wild;
-  }
-};
-
-template <class C>
-struct GroupBounds {
-  static constexpr int size = lanes<C>;
-
-  const Metric metric;
-  const int64_t dim;
-  Buffer<C> norms;     // [slabs, lanes]: at least |c|
-  Buffer<C> losses;    // [slabs, lanes]: at least |δc|; of a coarse screen only
-  Buffer<C> floors;    // [slabs, lanes]
-  Buffer<C> ceilings;  // [slabs, lanes]: the same, but infinite if the group holds a wild code
-
-  GroupBounds(Metric metric_, int64_t dim_, int64_t slabs, bool coarse)
-      : metric(metric_),
-        dim(dim_),
-        norms(slabs * size),
-        losses(coarse ? slabs * size : 0),
-        floors(slabs * size),
-        ceilings(slabs * size) {}
-
-  void set(int64_t slab, const GroupNorms<C>& group, bool coarse) const {
-    const C rounding = static_cast<C>(roundings(dim) * rounding_unit<C>);
-    const C enlarged = (1 + 2 * rounding) * static_cast<C>(raise<C>), least = static_cast<C>(least_length<C>);
-    const C underflow = static_cast<C>(roundings(dim) * flushed<C>);
-    const Vec<C> norm = sqrt(group.square) * enlarged + least;
-    Vec<C> floor = underflow * (1 + norm);
-    if (metric == Metric::euclidean) floor += rounding * norm * norm;
-    floor *= static_cast<C>(raise<C>);
-    store(norms.data + slab * size, norm);
-    if (coarse) store(losses.data + slab * size, sqrt(group.lost) * enlarged + least);
-    store(floors.data + slab * size, floor);
-    store(ceilings.data + slab * size, group.wild ? Vec<C>{} + C(__builtin_inf()) : floor);
   }
 };
 
@@ -78,8 +44,8 @@ struct RowBound {
   C slope = 0, length = 0, absolute = 0;
 
   RowBound() = default;
-  // square = |x|², lost = |δx|² of a coarse screen.
-  RowBound(double square, double lost, bool coarse, int64_t dim) {
+  // square = |x|², lost = |δx|² of a coarse screen; center_length is of what was taken from the codes, but not from x.
+  RowBound(double square, double lost, bool coarse, int64_t dim, double center_length) {
     if (!(square < tame_square<C>)) {
       absolute = static_cast<C>(__builtin_inf());
       return;
@@ -87,8 +53,77 @@ struct RowBound {
     const double count = roundings(dim), enlarged = (1 + count * rounding_unit<C>)*raise<C>;
     const double whole = __builtin_sqrt(square) * enlarged;
     const double part = coarse ? __builtin_sqrt(lost) * enlarged + least_length<C> : 0;
+    const double rescoring = 0x1p-53 * (square + whole * center_length);
     slope = static_cast<C>((part + count * rounding_unit<C> * whole) * raise<C>);
     length = static_cast<C>((whole + part) * raise<C>);
-    absolute = static_cast<C>((count * 0x1p-53 * square + count * flushed<C> * (1 + whole)) * raise<C>);
+    absolute = static_cast<C>(count * (rescoring + flushed<C> * (1 + whole)) * raise<C>);
+  }
+};
+
+template <class C>
+struct GroupBounds {
+  static constexpr int size = lanes<C>;
+
+  const Metric metric;
+  const bool coarse;
+  const int64_t dim, slabs;
+  Buffer<C> norms;     // [slabs, lanes]: at least |c|
+  Buffer<C> losses;    // [slabs, lanes]: at least |δc|
+  Buffer<C> floors;    // [slabs, lanes]
+  Buffer<C> ceilings;  // [slabs, lanes]: the same, but infinite if the group holds a wild code
+  Buffer<C> widest;    // [spans, 3]: the largest norm, loss and ceiling of 64 groups
+
+  GroupBounds(Metric metric_, bool coarse_, int64_t dim_, int64_t slabs_)
+      : metric(metric_),
+        coarse(coarse_),
+        dim(dim_),
+        slabs(slabs_),
+        norms(slabs * size),
+        losses(slabs * size),
+        floors(slabs * size),
+        ceilings(slabs * size),
+        widest((slabs * size / 64 + 1) * 3) {}
+
+  void set(int64_t slab, const GroupNorms<C>& group) const {
+    const C rounding = static_cast<C>(roundings(dim) * rounding_unit<C>);
+    const C enlarged = (1 + 2 * rounding) * static_cast<C>(raise<C>), least = static_cast<C>(least_length<C>);
+    const C underflow = static_cast<C>(roundings(dim) * flushed<C>);
+    const Vec<C> norm = sqrt(group.square) * enlarged + least;
+    Vec<C> floor = underflow * (1 + norm);
+    if (metric == Metric::euclidean) floor += rounding * norm * norm;
+    floor *= static_cast<C>(raise<C>);
+    store(norms.data + slab * size, norm);
+    store(losses.data + slab * size, coarse ? sqrt(group.lost) * enlarged + least : Vec<C>{});
+    store(floors.data + slab * size, floor);
+    store(ceilings.data + slab * size, group.wild ? Vec<C>{} + C(__builtin_inf()) : floor);
+  }
+
+  // After all slabs are set.
+  void find_widest() const {
+    for (int64_t first = 0; first < slabs * size; first += 64) {
+      C* span = widest.data + first / 64 * 3;
+      for (int i = 0; i < 3; ++i) span[i] = 0;
+      for (int64_t g = first; g < slabs * size && g < first + 64; ++g) {
+        if (norms.data[g] > span[0]) span[0] = norms.data[g];
+        if (losses.data[g] > span[1]) span[1] = losses.data[g];
+        if (ceilings.data[g] > span[2]) span[2] = ceilings.data[g];
+      }
+    }
+  }
+
+  ISTHMUS_INLINE C product(const RowBound<C>& row, C norm, C loss) const {
+    return row.slope * norm + row.length * loss + row.absolute;
+  }
+  // For subtracting: of a group with a wild code, the other codes.
+  ISTHMUS_INLINE C lower(const RowBound<C>& row, int64_t g) const {
+    return product(row, norms.data[g], losses.data[g]) + floors.data[g];
+  }
+  ISTHMUS_INLINE C upper(const RowBound<C>& row, int64_t g) const {
+    return product(row, norms.data[g], losses.data[g]) + ceilings.data[g];
+  }
+  // At least as wide as that of any of 64 groups.
+  ISTHMUS_INLINE C of_span(const RowBound<C>& row, int64_t span) const {
+    const C* w = widest.data + span * 3;
+    return product(row, w[0], w[1]) + w[2];
   }
 };

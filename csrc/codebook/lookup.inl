@@ -24,8 +24,10 @@ struct Lookup {
     // Large blocks spare the codebook's passage through the cache, but every thread needs some.
     const int64_t share = (args.rows / 16 + tile_height - 1) / tile_height * tile_height;
     const int64_t block_rows = share < 24 ? 24 : share < max_rows ? share : max_rows;
+    constexpr int64_t span = BlockSearch<T>::slabs_per_span;
     const int64_t blocks = (args.rows + block_rows - 1) / block_rows, slabs = codes.panels.slabs;
-    const int64_t wanted = (8 + blocks - 1) / blocks, slices = wanted < slabs ? wanted : slabs;
+    const int64_t wanted = (8 + blocks - 1) / blocks, spans = (slabs + span - 1) / span;
+    const int64_t slices = wanted < spans ? wanted : spans;
     if (slices == 1) {
       for_each_block(blocks, 1, block_rows, [&](BlockSearch<T>& block, const auto& rows, int64_t) {
         block.search(rows.data, rows.stride, rows.count, indices + rows.first * args.best, nullptr);
@@ -36,7 +38,8 @@ struct Lookup {
     Buffer<double> scores(slices * args.rows * args.best);
     for_each_block(blocks, slices, block_rows, [&](BlockSearch<T>& block, const auto& rows, int64_t slice) {
       const int64_t place = (slice * args.rows + rows.first) * args.best;
-      block.search_slabs(slabs * slice / slices, slabs * (slice + 1) / slices, rows.data, rows.stride, rows.count,
+      const int64_t end = spans * (slice + 1) / slices * span;
+      block.search_slabs(spans * slice / slices * span, end < slabs ? end : slabs, rows.data, rows.stride, rows.count,
                          found.data + place, scores.data + place);
     });
     merge(found.data, scores.data, slices);

@@ -76,6 +76,9 @@ struct Panels {
   Buffer<C> columns;    // [slabs, halves, depth, tile_vectors, lanes] words
   Buffer<C> offsets;    // [slabs, group_codes, lanes]: -|c|²/2; -inf where there is no code, or a wild one
   GroupBounds<C> bounds;
+  Buffer<C> center;  // [dim]: taken from all codes (of cosine, normalised), which changes no order
+  bool centered = false;
+  double center_length = 0;  // 0 if it is taken from the rows as well
 
   // lengths: of the codes; only cosine needs them.
   template <class T>
@@ -88,13 +91,46 @@ struct Panels {
         depth(coarse ? (dim + 2 * words_at_once - 1) / (2 * words_at_once) * words_at_once : dim),
         columns(slabs * slab_codes<C> * depth),
         offsets(slabs * slab_codes<C>),
-        bounds(metric, dim, slabs, coarse) {
+        bounds(metric, coarse, dim, slabs),
+        center(dim) {
+    find_center(codebook, lengths);
     parallel_for(slabs, grain_of(slab_codes<C> * dim), [&](int64_t begin, int64_t end) {
       const Buffer<C> scratch((coarse ? 2 * depth : depth) * size);
       for (int64_t s = begin; s < end; ++s) {
         pack(s, codebook + s * slab_codes<C> * dim, lengths + s * slab_codes<C>, scratch.data);
       }
     });
+    bounds.find_widest();
+  }
+
+  // The mean of some codes, if they are much shorter without it: then so is the bound. Euclidean distances do not
+  // change if the rows lose it too, and the other scores of a row all change by the same x · center.
+  template <class T>
+  void find_center(const T* codebook, const double* lengths) {
+    const int64_t step = (codes + 63) / 64, drawn = (codes + step - 1) / step;
+    double squares = 0, square = 0;
+    for (int64_t k = 0; k < dim; k += size) {
+      Vec<C> sum = {};
+      for (int64_t i = 0; i < codes; i += step) {
+        Vec<C> c = load_first(codebook + i * dim + k, dim - k);
+        if (metric == Metric::cosine) c *= static_cast<C>(lengths[i] > 0 ? 1 / lengths[i] : 0);
+        sum += c;
+        squares += sum_lanes<C>(c * c);
+      }
+      sum *= 1 / static_cast<C>(drawn);
+      store_first(center.data + k, sum, dim - k);
+      square += sum_lanes<C>(sum * sum);
+    }
+    centered = square > squares / static_cast<double>(drawn) / 4 && square < tame_square<C>;
+    center_length = centered && metric != Metric::euclidean ? __builtin_sqrt(square) * (1 + 0x1p-10) : 0;
+  }
+
+  bool moves_rows() const { return centered && metric == Metric::euclidean; }
+
+  void move(const C* x, C* moved) const {
+    for (int64_t k = 0; k < dim; k += size) {
+      store_first(moved + k, load_first(x + k, dim - k) - load_first(center.data + k, dim - k), dim - k);
+    }
   }
 
   template <class T>
@@ -107,16 +143,17 @@ struct Panels {
       pack_rows<size>(first + v * dim, group_codes * dim, count, dim, column);
       for (int64_t k = dim; coarse && k < 2 * depth; ++k) store(column + k * size, Vec<C>{});
       if (metric == Metric::cosine) normalize(column, count, lengths + v);
+      if (metric != Metric::cosine && centered) shift(column);
       const Vec<C> square = squares(column);
-      const Mask<C> wild = ~(square < static_cast<C>(tame_square<C>));
-      if (any(wild)) clear(column, wild);
+      const Mask<C> present = first_lanes<C>(count), wild = present & ~(square < static_cast<C>(tame_square<C>));
+      const Mask<C> screened = present & ~wild;
+      if (count < size || any(wild)) keep(column, screened);
       const Vec<C> start = metric == Metric::euclidean ? C(-0.5) * square : Vec<C>{};
-      store(offsets.data + slab * slab_codes<C> + v * size,
-            (wild | ~first_lanes<C>(count)) ? Vec<C>{} - C(__builtin_inf()) : start);
+      store(offsets.data + slab * slab_codes<C> + v * size, screened ? start : Vec<C>{} - C(__builtin_inf()));
       C* words = columns.data + ((slab * halves + v / tile_vectors) * depth * tile_vectors + v % tile_vectors) * size;
-      norms.meet(square, write_words(column, words), wild);
+      norms.meet(screened ? square : Vec<C>{}, write_words(column, words), wild);
     }
-    bounds.set(slab, norms, coarse);
+    bounds.set(slab, norms);
   }
 
   Vec<C> squares(const C* column) const {
@@ -128,19 +165,25 @@ struct Panels {
     return sum;
   }
 
-  // lengths: of lane l at [8 l]. A code of length zero stays what it is.
+  // lengths: of lane l at [8 l]. A code of length zero stays what it is. One rounding, also where the center is taken
+  // off.
   void normalize(C* column, int64_t count, const double* lengths) const {
     for (int64_t k = 0; k < dim; ++k) {
       C* c = column + k * size;
+      const double off = centered ? static_cast<double>(center.data[k]) : 0;
       for (int l = 0; l < count; ++l) {
         const double length = lengths[group_codes * l];
-        c[l] = static_cast<C>(static_cast<double>(c[l]) / (length == 0 ? 1 : length));
+        c[l] = static_cast<C>(static_cast<double>(c[l]) / (length == 0 ? 1 : length) - off);
       }
     }
   }
 
-  void clear(C* column, Mask<C> wild) const {
-    for (int64_t k = 0; k < dim; ++k) store(column + k * size, wild ? Vec<C>{} : load(column + k * size));
+  void shift(C* column) const {
+    for (int64_t k = 0; k < dim; ++k) store(column + k * size, load(column + k * size) - center.data[k]);
+  }
+
+  void keep(C* column, Mask<C> screened) const {
+    for (int64_t k = 0; k < dim; ++k) store(column + k * size, screened ? load(column + k * size) : Vec<C>{});
   }
 
   // Returns the squared lengths of what the words leave out.

@@ -51,17 +51,24 @@ struct BlockSearch {
   static constexpr int size = lanes<C>;
   static constexpr int64_t max_rows = 96;
   static constexpr int64_t max_slabs = 8192 / slab_codes<C>;  // at once: their maxima stay in L2
-  static constexpr int64_t slabs_per_word = 64 / size;
+  static constexpr int64_t slabs_per_span = 64 / size;
+
+  struct Survivor {
+    int64_t row, group;
+    C upper;  // of the scores of its codes
+  };
 
   const CodeGroups<T>& groups;
   const Panels<C>& panels;
   const int64_t best;
   const int64_t slabs_at_once = panels.slabs < max_slabs ? panels.slabs : max_slabs;
-  const int64_t word_stride = (panels.dim + 2 * size - 1) / (2 * size) * size;
-  Buffer<C> words;         // [max_rows, word_stride]: the rows of a coarse screen
+  const int64_t word_stride = panels.coarse ? (panels.dim + 2 * size - 1) / (2 * size) * size : panels.dim;
+  const bool copies = panels.coarse || panels.moves_rows();
+  Buffer<C> words;         // [max_rows, word_stride]: the rows as the screen takes them, where it does not as they are
+  Buffer<C> shifted;       // one row
   Buffer<C> maxima;        // [max_rows, slabs_at_once, lanes]
   Buffer<C> bars;          // [max_rows, best]: the best codes of a row are at least as good, greatest first
-  Buffer<uint32_t> queue;  // of survivors: row and group
+  Buffer<Survivor> queue;  // of one screen
   Buffer<double> row;      // one row in float64
   Buffer<double> scratch;  // scores, for a caller that does not want them
   RowBound<C> bounds[max_rows];
@@ -70,7 +77,8 @@ struct BlockSearch {
       : groups(codes.groups),
         panels(codes.panels),
         best(best_),
-        words(panels.coarse ? max_rows * word_stride : 0),
+        words(copies ? max_rows * word_stride : 0),
+        shifted(panels.dim),
         maxima(max_rows * slabs_at_once * size),
         bars(max_rows * best),
         queue(max_rows * slabs_at_once * size),
@@ -83,7 +91,7 @@ struct BlockSearch {
     search_slabs(0, panels.slabs, rows, stride, count, indices, scores == nullptr ? scratch.data : scores);
   }
 
-  // The same among the codes of some slabs alone.
+  // The same among the codes of some slabs alone, begin being a multiple of slabs_per_span.
   void search_slabs(int64_t begin, int64_t end, const C* rows, int64_t stride, int64_t count, int64_t* indices,
                     double* scores) {
 #if defined(ISTHMUS_TILES)
@@ -93,87 +101,75 @@ struct BlockSearch {
     for (int64_t slab = begin; slab < end; slab += slabs_at_once) {
       const int64_t slabs = end - slab < slabs_at_once ? end - slab : slabs_at_once;
       for (int64_t s = 0; s < slabs; ++s) {
-        C* place = maxima.data + s * size;
-        if (panels.coarse) {
-          panels.meet(slab + s, words.data, word_stride, count, place, slabs_at_once * size);
-        } else {
-          panels.meet(slab + s, rows, stride, count, place, slabs_at_once * size);
-        }
+        panels.meet(slab + s, copies ? words.data : rows, copies ? word_stride : stride, count, maxima.data + s * size,
+                    slabs_at_once * size);
       }
-      const int64_t found =
-          panels.coarse ? find_survivors<true>(slab, slabs, count) : find_survivors<false>(slab, slabs, count);
-      rescore(slab * size, found, rows, stride, indices, scores);
+      int64_t found = 0;
+      for (int64_t r = 0; r < count; ++r) found = find_survivors(r, slab, slabs, found);
+      rescore(found, rows, stride, indices, scores);
     }
   }
 
   void prepare(int64_t r, const C* x, const BestCodes& found) {
     double lost = 0;
-    if constexpr (sizeof(C) == 4) {
-      if (panels.coarse) lost = write_words(x, panels.dim, words.data + r * word_stride);
+    C* copy = words.data + r * word_stride;
+    if (panels.moves_rows()) {
+      C* moved = panels.coarse ? shifted.data : copy;
+      panels.move(x, moved);
+      x = moved;
     }
-    bounds[r] = RowBound<C>(squared_length(x, panels.dim), lost, panels.coarse, panels.dim);
+    if constexpr (sizeof(C) == 4) {
+      if (panels.coarse) lost = write_words(x, panels.dim, copy);
+    }
+    bounds[r] = RowBound<C>(squared_length(x, panels.dim), lost, panels.coarse, panels.dim, panels.center_length);
     found.clear();
     for (int64_t i = 0; i < best; ++i) bars.data[r * best + i] = -static_cast<C>(__builtin_inf());
-  }
-
-  template <bool Coarse>
-  int64_t find_survivors(int64_t slab, int64_t slabs, int64_t count) {
-    int64_t found = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      raise_bars<Coarse>(r, slab, slabs);
-      for (int64_t s = 0; s < slabs; s += slabs_per_word) {
-        uint64_t bits = 0;
-        for (int64_t i = s; i < s + slabs_per_word && i < slabs; ++i) {
-          bits |= static_cast<uint64_t>(survivors<Coarse>(r, slab + i, i)) << ((i - s) * size);
-        }
-        const int64_t groups_left = groups.groups - (slab + s) * size;  // fewer than the lanes of the last slab
-        if (groups_left < 64) bits &= (uint64_t{1} << groups_left) - 1;
-        for (; bits != 0; bits &= bits - 1) {
-          const int64_t group = s * size + __builtin_ctzll(bits);
-          queue.data[found++] = static_cast<uint32_t>(r << 16 | group);
-          __builtin_prefetch(groups.group(slab * size + group));
-        }
-      }
-    }
-    return found;
-  }
-
-  template <bool Coarse>
-  ISTHMUS_INLINE Vec<C> bound(int64_t r, int64_t slab, const C* base) const {
-    const GroupBounds<C>& group = panels.bounds;
-    Vec<C> sum = bounds[r].slope * load(group.norms.data + slab * size) + load(base + slab * size);
-    if constexpr (Coarse) sum += bounds[r].length * load(group.losses.data + slab * size);
-    return sum + bounds[r].absolute;
   }
 
   ISTHMUS_INLINE Vec<C> maximum(int64_t r, int64_t s) const {
     return load(maxima.data + (r * slabs_at_once + s) * size);
   }
 
-  // Each group has one code, at least, that is as good as its maximum less the bound.
-  template <bool Coarse>
-  ISTHMUS_INLINE Vec<C> lower(int64_t r, int64_t slab, int64_t s) const {
-    return maximum(r, s) - bound<Coarse>(r, slab, panels.bounds.floors.data);
-  }
-
-  template <bool Coarse>
-  ISTHMUS_INLINE void raise_bars(int64_t r, int64_t slab, int64_t slabs) {
+  // Appends to the queue. First, one comparison for each vector of maxima with the widest bound of 64 groups; then what
+  // is left, with the bound of its own group. Written so that whatever is not a number survives.
+  int64_t find_survivors(int64_t r, int64_t slab, int64_t slabs, int64_t queued) {
     C* bar = bars.data + r * best;
-    Vec<C> top = Vec<C>{} - C(__builtin_inf());
-    for (int64_t s = 0; s < slabs; ++s) top = greater(lower<Coarse>(r, slab + s, s), top);
-    if (best == 1) {
-      const C highest = largest_lane<C>(top);
-      if (highest > bar[0]) bar[0] = highest;
-      return;
+    C spans[max_slabs / slabs_per_span];
+    for (int64_t s = 0; s < slabs; s += slabs_per_span) {
+      spans[s / slabs_per_span] = panels.bounds.of_span(bounds[r], (slab + s) / slabs_per_span);
     }
-    // Of the largest in each lane, the best-th is reached by `best` groups: less than that need not be looked at.
-    const C start = best <= size ? ranked_lane<C>(top, best) : -C(__builtin_inf());
-    for (int64_t s = 0; s < slabs; ++s) {
-      const Vec<C> value = lower<Coarse>(r, slab + s, s);
-      for (unsigned bits = lane_bits((value >= start) & (value > bar[best - 1])); bits != 0; bits &= bits - 1) {
-        insert(bar, value[__builtin_ctz(bits)]);
+    const C highest = ranked_maximum(r, slabs, spans), start = highest > bar[best - 1] ? highest : bar[best - 1];
+    int64_t end = queued;
+    for (int64_t s = 0; s < slabs; s += slabs_per_span) {
+      const C low = start - spans[s / slabs_per_span];
+      uint64_t bits = 0;
+      for (int64_t i = s; i < s + slabs_per_span && i < slabs; ++i) {
+        bits |= static_cast<uint64_t>(lane_bits(~(maximum(r, i) < low))) << ((i - s) * size);
+      }
+      const int64_t left = groups.groups - (slab + s) * size;  // fewer than lanes in the last slab
+      if (left < 64) bits &= (uint64_t{1} << left) - 1;
+      for (; bits != 0; bits &= bits - 1) {
+        const int64_t place = s * size + __builtin_ctzll(bits), group = slab * size + place;
+        const C score = maxima.data[r * slabs_at_once * size + place];
+        // The group has one code, at least, that is as good as the lower bound.
+        insert(bar, score - panels.bounds.lower(bounds[r], group));
+        queue.data[end++] = {r, group, score + panels.bounds.upper(bounds[r], group)};
       }
     }
+    for (int64_t i = queued; i < end; ++i) {
+      if (queue.data[i].upper < bar[best - 1]) continue;
+      groups.prefetch(queue.data[i].group);
+      queue.data[queued++] = queue.data[i];
+    }
+    return queued;
+  }
+
+  // A lower bound of the best-th best code.
+  ISTHMUS_INLINE C ranked_maximum(int64_t r, int64_t slabs, const C* spans) const {
+    if (best > size) return -static_cast<C>(__builtin_inf());
+    Vec<C> top = Vec<C>{} - C(__builtin_inf());
+    for (int64_t s = 0; s < slabs; ++s) top = greater(maximum(r, s) - spans[s / slabs_per_span], top);
+    return best == 1 ? largest_lane<C>(top) : ranked_lane<C>(top, best);
   }
 
   void insert(C* bar, C value) const {
@@ -183,20 +179,13 @@ struct BlockSearch {
     bar[place] = value;
   }
 
-  // Written so that whatever is not a number survives.
-  template <bool Coarse>
-  ISTHMUS_INLINE unsigned survivors(int64_t r, int64_t slab, int64_t s) const {
-    const Vec<C> upper = maximum(r, s) + bound<Coarse>(r, slab, panels.bounds.ceilings.data);
-    return lane_bits(~(upper < bars.data[r * best + best - 1]));
-  }
-
-  void rescore(int64_t first_group, int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {
+  void rescore(int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {
     int64_t copied = -1;
     for (int64_t i = 0; i < found; ++i) {
-      const int64_t r = queue.data[i] >> 16, group = first_group + (queue.data[i] & 0xffff);
+      const int64_t r = queue.data[i].row;
       if (r != copied) copy_double(rows + r * stride, panels.dim, row.data);
       copied = r;
-      groups.rescore(row.data, group, {scores + r * best, indices + r * best, best});
+      groups.rescore(row.data, queue.data[i].group, {scores + r * best, indices + r * best, best});
     }
   }
 };

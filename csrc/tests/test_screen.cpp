@@ -26,33 +26,38 @@ std::mt19937 engine(1);
 
 double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(engine); }
 
+// The score that the screen approximates: with the center taken off.
 template <class C>
-long double exact_score(Metric metric, const C* x, const C* c, int64_t dim) {
-  long double product = 0, square = 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    product += static_cast<long double>(x[k]) * c[k];
-    square += static_cast<long double>(c[k]) * c[k];
+long double exact_score(const Panels<C>& panels, const C* x, const C* c) {
+  long double product = 0, square = 0, length = 0;
+  for (int64_t k = 0; k < panels.dim; ++k) length += static_cast<long double>(c[k]) * c[k];
+  length = panels.metric == Metric::cosine && length > 0 ? std::sqrt(length) : 1;
+  for (int64_t k = 0; k < panels.dim; ++k) {
+    const long double center = panels.centered ? panels.center.data[k] : 0, code = c[k] / length - center;
+    product += (x[k] - (panels.moves_rows() ? center : 0)) * code;
+    square += code * code;
   }
-  if (metric == Metric::euclidean) return product - square / 2;
-  return metric == Metric::cosine && square > 0 ? product / std::sqrt(square) : product;
+  return panels.metric == Metric::euclidean ? product - square / 2 : product;
 }
 
 // Returns the largest share of its bound that an error took up.
-template <bool Coarse, class C>
-double check_bounds(const BlockSearch<C>& block, Metric metric, const C* x, const C* codebook, int64_t dim,
-                    const char* name) {
+template <class C>
+double check_bounds(const BlockSearch<C>& block, const C* x, const C* codebook, const char* name) {
+  const Panels<C>& panels = block.panels;
   double share = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t group = 0; group * group_codes < codes; ++group) {
-      const int64_t slab = group / lanes<C>, lane = group % lanes<C>;
       long double exact = -__builtin_inf();
       for (int64_t i = group * group_codes; i < codes && i < (group + 1) * group_codes; ++i) {
-        exact = std::max(exact, exact_score(metric, x + r * dim, codebook + i * dim, dim));
+        exact = std::max(exact, exact_score(panels, x + r * panels.dim, codebook + i * panels.dim));
       }
-      const double bound = block.template bound<Coarse>(r, slab, block.panels.bounds.ceilings.data)[lane];
-      const double error = static_cast<double>(std::fabs(block.maximum(r, slab)[lane] - exact));
+      const double bound = panels.bounds.upper(block.bounds[r], group);
+      const double score = block.maximum(r, group / lanes<C>)[group % lanes<C>];
+      const double error = static_cast<double>(std::fabs(score - exact));
       CHECK_THAT(error <= bound, "%s: error %g, bound %g (dim %ld, metric %d, row %ld, group %ld)", name, error, bound,
-                 static_cast<long>(dim), static_cast<int>(metric), static_cast<long>(r), static_cast<long>(group));
+                 static_cast<long>(panels.dim), static_cast<int>(panels.metric), static_cast<long>(r),
+                 static_cast<long>(group));
+      CHECK(bound <= panels.bounds.of_span(block.bounds[r], group / 64) * 1.00001);
       if (error > 0) share = std::max(share, error / bound);
     }
   }
@@ -74,8 +79,7 @@ void test_kind(const char* name, Make make) {
       BlockSearch<C> block(packed, 1);
       std::vector<int64_t> indices(rows);
       block.search(x.data(), dim, rows, indices.data(), nullptr);
-      const auto check = packed.panels.coarse ? check_bounds<true, C> : check_bounds<false, C>;
-      share = std::max(share, check(block, metric, x.data(), codebook.data(), dim, name));
+      share = std::max(share, check_bounds(block, x.data(), codebook.data(), name));
     }
   }
   std::printf("%-20s in %s: errors of up to %.2f of the bound\n", name, sizeof(C) == 4 ? "float32" : "float64", share);
