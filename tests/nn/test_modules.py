@@ -62,16 +62,19 @@ def objective(out):
 
 
 def train(call, module, steps=3):
-    """Outputs of a few seeded training steps; leaves the last gradients in place."""
+    """Outputs and gradients of a few seeded training steps; leaves the last gradients in place."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD([*module.parameters(), torch.zeros(1)], lr=1e-2)
     outputs = []
     for _ in range(steps):
         optimizer.zero_grad()
-        out = call(torch.randn(24, 12, requires_grad=True))
+        x = torch.randn(24, 12, requires_grad=True)
+        out = call(x)
         objective(out).backward()
+        grads = [] if x.grad is None else [x.grad]
+        grads += [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
         optimizer.step()
-        outputs.append(tuple(tensor.detach() for tensor in tensors(out)))
+        outputs.append((*(tensor.detach() for tensor in tensors(out)), *grads))
     return outputs
 
 

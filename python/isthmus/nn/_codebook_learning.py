@@ -208,6 +208,24 @@ def check_update(update: str) -> None:
         raise ValueError(f"update must be 'now' or 'later', got {update!r}")
 
 
+@torch.library.custom_op("isthmus::snapshot", mutates_args=())
+def _snapshot(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+_snapshot.register_fake(torch.empty_like)
+_snapshot.register_autograd(lambda ctx, grad: grad)
+
+
+def snapshot(x: Tensor) -> Tensor:
+    """A copy for autograd of what is written to before backward reads it.
+
+    torch.compile does not store the result of ``clone`` for backward, it clones again, and then finds what was
+    written since. An op that it does not know it stores.
+    """
+    return _snapshot(x) if torch.compiler.is_compiling() else x.clone()
+
+
 def embed(indices: Tensor, codes: Tensor) -> Tensor:
     """Rows of codes ``[K, d]`` at ``[...]``, or of ``[H, K, d]`` at ``[..., H]``: ``[..., d]``; zeros at −1."""
     if codes.dim() == 3:

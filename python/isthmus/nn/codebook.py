@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from isthmus import ops
 
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick
+from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick, snapshot
 
 
 class VectorQuantizerOutput(NamedTuple):
@@ -206,8 +206,8 @@ class VectorQuantizer(Codebook):
         observe = getattr(self.transform, "observe", None)
         if self.learns and observe is not None:
             observe(rows.detach(), mask)
-        # The update below writes to the codebook before backward reads it: give autograd a copy.
-        codes = self._codes(self.codebook.clone() if self.learns else self.codebook)
+        # The update below writes to the codebook before backward reads it.
+        codes = self._codes(snapshot(self.codebook) if self.learns else self.codebook)
         sampled = self._sample(rows, codes, mask)
         quantized, indices, error = ops.vq_quantize(
             rows,

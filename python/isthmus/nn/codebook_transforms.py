@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._codebook_learning import all_reduce, has_ranks
+from ._codebook_learning import all_reduce, has_ranks, snapshot
 from .codebook import VectorQuantizer
 
 
@@ -57,7 +57,7 @@ class AffineCodebook(nn.Module):
         if has_ranks():
             (batch,) = all_reduce(batch)
         batch = torch.where(batch[0] > 0, batch / batch[0], self.moments)
-        self.moments.lerp_(batch.to(self.moments.dtype), 1.0 - self.decay)
+        self.moments.copy_(snapshot(self.moments.lerp(batch.to(self.moments.dtype), 1.0 - self.decay)))
 
     def forward(self, codes: Tensor) -> Tensor:
         """The codes in use."""

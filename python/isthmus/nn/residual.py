@@ -11,7 +11,7 @@ from torch import Tensor
 from isthmus import ops
 
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick
+from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick, snapshot
 
 
 class ResidualVQOutput(NamedTuple):
@@ -227,7 +227,7 @@ class ResidualVQ(Codebook):
 
     def _stage_codes(self) -> Tensor | list[Tensor]:
         """What the op takes, safe from the update: stages of one size are one tensor already."""
-        codebook = self.codebook.clone() if self.learns else self.codebook
+        codebook = snapshot(self.codebook) if self.learns else self.codebook
         if self.freeze_codebook:
             codebook = codebook.detach()
         if self.shared_codebook or len(set(self.num_codes)) > 1:
