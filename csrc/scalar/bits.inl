@@ -59,7 +59,7 @@ class LfqRows {
     const C* u = u_[0];
     const C inverse = static_cast<C>(1 / (args_.scale * args_.scale));
     for_vectors<C>(rows.count(), [&](int64_t j, int64_t) { store(table_[1] + j, load(u + j) * load(grad + j)); });
-    row_sums(rows, table_[1], per_row_[1]);
+    sum_rows(rows, table_[1], per_row_[1]);
     const PerRow<C> along(rows, per_row_[1], table_[1]), length(rows, per_row_[0], table_[0]);
     for_vectors<C>(rows.count(), [&](int64_t j, int64_t) {
       store(grad + j, length.at(j) * (load(grad + j) - load(u + j) * along.at(j) * inverse));
@@ -70,7 +70,7 @@ class LfqRows {
   // per_row_[0]: scale / |x|, 0 for a zero vector.
   void normalize(const Group& rows, C* u) {
     for_vectors<C>(rows.count(), [&](int64_t j, int64_t) { store(table_[0] + j, load(u + j) * load(u + j)); });
-    row_sums(rows, table_[0], per_row_[0]);
+    sum_rows(rows, table_[0], per_row_[0]);
     for_vectors<C>(rows.rows, [&](int64_t r, int64_t) {
       const V square = load(per_row_[0] + r);
       store(per_row_[0] + r, square == C(0) ? V{} : static_cast<C>(args_.scale) / sqrt(square));
@@ -118,9 +118,9 @@ class LfqForward {
     });
     const Group rows = rows_.vectors(group);
     bits_.write_indices(rows, args_.indices);
-    row_sums(rows, terms_[0], static_cast<C*>(args_.error) + rows.row);
+    sum_rows(rows, terms_[0], static_cast<C*>(args_.error) + rows.row);
     if constexpr (Entropy) {
-      row_sums(rows, terms_[1], static_cast<C*>(args_.entropy) + rows.row);
+      sum_rows(rows, terms_[1], static_cast<C*>(args_.entropy) + rows.row);
       clear_masked(args_.mask, group, terms_[2]);
       add_column_sums(group, terms_[2], counts);
     }
@@ -239,7 +239,7 @@ void binary_map(const BinaryMap& args) {
           store(terms[0] + j, SoftBit<C>(logit).entropy);
         });
         bits.write_indices(group, args.indices);
-        row_sums(group, terms[0], static_cast<C*>(args.entropy) + group.row);
+        sum_rows(group, terms[0], static_cast<C*>(args.entropy) + group.row);
       };
     });
   });

@@ -1,5 +1,4 @@
-// Indices back to digits, and digits to values. Bound by the divisions, one a digit, unless the levels are powers of
-// two.
+// Indices back to digits, and digits to values. Bound by the divisions, one a digit, each after the one before.
 
 #pragma once
 
@@ -8,13 +7,15 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-// The digits of an index, by shifts where the number of levels is a power of two.
+// The digits of an index. Divisions are shifts where the number of levels is a power of two; else, for indices below
+// 2^32, products with m = ⌊2^48 / size⌋ + 1: m size - 2^48 is at most size < 2^16, and times the index below 2^48.
 class Digits {
  public:
   Digits(const Levels& levels, bool first_highest) : levels_(levels), first_highest_(first_highest) {
     for (int d = 0; d < levels.dims; ++d) {
       const uint64_t size = static_cast<uint64_t>(levels.size[d]);
       shift_[d] = (size & (size - 1)) == 0 ? __builtin_ctzll(size) : -1;
+      reciprocal_[d] = (uint64_t{1} << 48) / size + 1;
     }
   }
 
@@ -33,13 +34,14 @@ class Digits {
  private:
   ISTHMUS_INLINE uint64_t divide(uint64_t x, int d) const {
     if (shift_[d] >= 0) return x >> shift_[d];
-    const uint64_t size = static_cast<uint64_t>(levels_.size[d]);
-    return x >> 32 == 0 ? static_cast<uint32_t>(x) / static_cast<uint32_t>(size) : x / size;
+    if (x >> 32 != 0) return x / static_cast<uint64_t>(levels_.size[d]);
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * reciprocal_[d] >> 48);
   }
 
   const Levels& levels_;
   bool first_highest_;
   int shift_[max_scalar_dims];
+  uint64_t reciprocal_[max_scalar_dims];
 };
 
 // Where the entries of each dimension begin in a table of all.

@@ -44,9 +44,9 @@ class FsqRows {
 
   ISTHMUS_INLINE V value(int64_t j, V u) const { return (u + columns_.at(3, j)) / columns_.at(4, j); }
 
-  ISTHMUS_INLINE Mask<C> digit(int64_t j, V rounded) const {
+  ISTHMUS_INLINE V digit(int64_t j, V rounded) const {
     const V digit = rounded + columns_.at(5, j);
-    return __builtin_convertvector(digit == digit ? digit : V{}, Mask<C>);
+    return digit == digit ? digit : V{};
   }
 
   // d value / dx
@@ -80,12 +80,11 @@ void fsq_quantize(const FsqQuantize& args) {
   dispatch_fsq(args, [&]<class T>(const RowGroups& groups, const auto& rows, T*) {
     using C = Compute<T>;
     using V = Vec<C>;
-    const Strides strides(args.levels);
     const C dropout = static_cast<C>(args.noise_dropout), inverse = static_cast<C>(1 / args.noise_dropout);
     T* quantized = static_cast<T*>(args.quantized);
     over_groups(groups, [&] {
-      return [&, digits = Scratch<Digit<C>, 1>(groups.elements()),
-              noise = Scratch<C, 1>(args.key == nullptr ? 0 : groups.elements())](const Group& group) {
+      return [&, indices = RowIndices<C>(args.levels, groups),
+              noise = Scratch<C, 1>(args.key == nullptr ? 0 : groups.elements())](const Group& group) mutable {
         const T* x = rows.x(group);
         if (args.key != nullptr) fill_uniform(Key(args.key), group.first(), group.count(), noise[0]);
         for_vectors<C>(group.count(), [&](int64_t j, int64_t left) {
@@ -96,10 +95,9 @@ void fsq_quantize(const FsqQuantize& args) {
             value = word <= dropout ? u + (word * inverse - C(0.5)) : rounded;
           }
           store_first(quantized + group.first() + j, rows.value(j, value), left);
-          const Mask<C> digit = rows.digit(j, rounded);
-          std::memcpy(digits[0] + j, &digit, sizeof digit);
+          indices.put(j, rows.digit(j, rounded));
         });
-        write_indices(group, digits[0], strides, args.indices);
+        indices.write(group, args.indices);
         fill_masked(args.mask, group, quantized, T{});
         fill_masked(args.mask, {group.row, group.rows, 1}, args.indices, int64_t(-1));
       };

@@ -62,12 +62,11 @@ void latent_quantize(const LatentQuantize& args) {
     using V = Vec<C>;
     const RowGroups groups(args.rows, args.levels.dims);
     const LatentRows<T> rows(args, groups);
-    const Strides strides(args.levels);
     T* quantized = static_cast<T*>(args.quantized);
     C* error = static_cast<C*>(args.error);
     over_groups(groups, [&] {
-      return [&, digits = Scratch<Digit<C>, 1>(groups.elements()),
-              terms = Scratch<C, 1>(groups.elements())](const Group& group) {
+      return [&, indices = RowIndices<C>(args.levels, groups),
+              terms = Scratch<C, 1>(groups.elements())](const Group& group) mutable {
         const T* x = static_cast<const T*>(args.x) + group.first();
         for_vectors<C>(group.count(), [&](int64_t j, int64_t left) {
           const V v = load_first(x + j, left);
@@ -75,10 +74,10 @@ void latent_quantize(const LatentQuantize& args) {
           const V off = v - value;
           store_first(quantized + group.first() + j, v == v ? value : v, left);
           store(terms[0] + j, off * off);
-          std::memcpy(digits[0] + j, &digit, sizeof digit);
+          indices.put(j, __builtin_convertvector(digit, V));
         });
-        write_indices(group, digits[0], strides, args.indices);
-        row_sums(group, terms[0], error + group.row);
+        indices.write(group, args.indices);
+        sum_rows(group, terms[0], error + group.row);
         const Group single{group.row, group.rows, 1};
         fill_masked(args.mask, group, quantized, T{});
         fill_masked(args.mask, single, args.indices, int64_t(-1));

@@ -298,7 +298,7 @@ void check_indices(const Tensor& indices, int64_t codes) {
   check_int64(indices, "indices");
   if (indices.is_cuda()) return;
   const int64_t* values = int64_data(indices);
-  for (int64_t i = 0; i < indices.numel(); ++i) {
+  for (int64_t i = 0, count = indices.numel(); i < count; ++i) {
     if (values[i] < -1 || values[i] >= codes) {
       fail("indices holds ", values[i], "; expected 0 <= index < ", codes, ", or -1 for a masked row");
     }
@@ -437,7 +437,7 @@ void check_range(const Tensor& indices, int64_t largest) {
   check_int64(indices, "indices");
   if (indices.is_cuda()) return;
   const int64_t* values = int64_data(indices);
-  for (int64_t i = 0; i < indices.numel(); ++i) {
+  for (int64_t i = 0, count = indices.numel(); i < count; ++i) {
     if (values[i] < 0 || values[i] > largest) fail("indices holds ", values[i], "; expected 0 to ", largest);
   }
 }

@@ -1,5 +1,5 @@
-// What the scalar quantizers do with rows: values that belong to columns, digits and bits that make an index, masks,
-// and sums over rows.
+// What the scalar quantizers do with rows: values that belong to columns, sums of rows, digits and bits that make an
+// index, masks, and sums over rows.
 //
 // Rows have at most 62 numbers, so kernels work on groups of whole rows (categorical/rows.inl): elementwise over the
 // group as if it were one row, at full vector width. What differs between columns stands in a table that repeats it for
@@ -33,30 +33,89 @@ class Columns {
   Scratch<C, N> table_;
 };
 
+// ---- sums of rows --------------------------------------------------------------------------------------------------
+
+// Lane i: the sum of the lanes of rows[i]. Each round adds pairs of lanes Step apart and joins two vectors into one.
+template <class C, int Step = 1>
+ISTHMUS_INLINE Vec<C> sum_each(Vec<C>* rows) {
+  if constexpr (Step == lanes<C>) {
+    return rows[0];
+  } else {
+    Mask<C> kept, moved;
+    for (int i = 0; i < lanes<C>; ++i) {
+      kept[i] = (i & Step) ? lanes<C> + i : i;
+      moved[i] = (i & Step) ? lanes<C> + i - Step : i + Step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<C> / Step; i += 2) {
+      rows[i / 2] = __builtin_shuffle(rows[i], rows[i + 1], kept) + __builtin_shuffle(rows[i], rows[i + 1], moved);
+    }
+    return sum_each<C, 2 * Step>(rows);
+  }
+}
+
+// sums[r] = Σ of row r of a group in working memory (padded as Scratch is), as many rows at a time as a vector has
+// lanes: rows are short here, and summed one by one they would leave most lanes idle.
+template <class C>
+void sum_rows(const Group& group, const C* x, C* sums) {
+  const int64_t whole = (group.cols - 1) / lanes<C> * lanes<C>;
+  const Mask<C> last = first_lanes<C>(group.cols - whole);
+  for (int64_t first = 0; first < group.rows; first += lanes<C>) {
+    Vec<C> rows[lanes<C>];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<C>; ++i) {
+      const C* row = x + (first + i < group.rows ? first + i : group.rows - 1) * group.cols;
+      rows[i] = last ? load(row + whole) : Vec<C>{};
+      for (int64_t c = 0; c < whole; c += lanes<C>) rows[i] += load(row + c);
+    }
+    store_first(sums + first, sum_each<C>(rows), group.rows - first);
+  }
+}
+
 // ---- indices -------------------------------------------------------------------------------------------------------
 
 // Whole numbers of the width of C, as comparisons give them.
 template <class C>
 using Digit = decltype(+Mask<C>{}[0]);
 
-struct Strides {
-  int64_t of[max_scalar_dims];
-
-  explicit Strides(const Levels& levels) {
+// Indices of a group from its digits. Where every index is a number of C, they are sums of rows.
+template <class C>
+class RowIndices {
+ public:
+  RowIndices(const Levels& levels, const RowGroups& groups)
+      : columns_(groups), terms_(groups.elements()), sums_(groups.rows_per_group) {
+    double codes = 1;
     int64_t stride = 1;
-    for (int d = 0; d < levels.dims; ++d, stride *= levels.size[d - 1]) of[d] = stride;
+    for (int d = 0; d < levels.dims; ++d, stride *= levels.size[d - 1]) {
+      strides_[d] = stride;
+      codes *= static_cast<double>(levels.size[d]);
+    }
+    exact_ = codes <= (sizeof(C) == 4 ? 0x1p24 : 0x1p53);
+    columns_.set(0, [&](int64_t c) { return exact_ ? strides_[c] : 1; });
   }
-};
 
-// digits is padded as Scratch is.
-template <class D>
-void write_indices(const Group& group, const D* digits, const Strides& strides, int64_t* indices) {
-  for (int64_t r = 0; r < group.rows; ++r, digits += group.cols) {
-    int64_t index = 0;
-    for (int64_t c = 0; c < group.cols; ++c) index += digits[c] * strides.of[c];
-    indices[group.row + r] = index;
+  ISTHMUS_INLINE void put(int64_t j, Vec<C> digits) { store(terms_[0] + j, digits * columns_.at(0, j)); }
+
+  void write(const Group& group, int64_t* indices) const {
+    if (exact_) {
+      sum_rows(group, terms_[0], sums_[0]);
+      for (int64_t r = 0; r < group.rows; ++r) indices[group.row + r] = static_cast<int64_t>(sums_[0][r]);
+      return;
+    }
+    const C* digits = terms_[0];
+    for (int64_t r = 0; r < group.rows; ++r, digits += group.cols) {
+      int64_t index = 0;
+      for (int64_t c = 0; c < group.cols; ++c) index += static_cast<int64_t>(digits[c]) * strides_[c];
+      indices[group.row + r] = index;
+    }
   }
-}
+
+ private:
+  int64_t strides_[max_scalar_dims];
+  bool exact_;
+  Columns<C, 1> columns_;
+  Scratch<C, 1> terms_, sums_;
+};
 
 // One bit for each lane of a comparison.
 template <class M>
