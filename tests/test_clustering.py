@@ -104,17 +104,23 @@ def test_draws_are_proportional_to_squared_distance():
 
 
 def test_weights_count_repetitions():
-    x = blobs(clusters=5, per_cluster=20).double()
-    times = torch.randint(1, 4, (len(x),), generator=torch.Generator().manual_seed(3))
-    start = torch.zeros(len(x), dtype=torch.float64)
-    start[::20] = 1.0  # both start from the same five vectors
-    weighted, counts = kmeans(x, 5, iterations=1, weights=times.double() * 1e6**start, key=isthmus.key(1))
-    assert counts.sum() == (times.double() * 1e6**start).sum()
-    indices = ops.vq_assign(x, weighted)
-    again, _ = kmeans(x.repeat_interleave(times, 0), 5, iterations=40, key=isthmus.key(1))
-    best = kmeans(x, 5, iterations=40, weights=times.double(), key=isthmus.key(1))[0]
-    assert len(indices.unique()) == 5
-    assert inertia(x, best, times) == pytest.approx(inertia(x.repeat_interleave(times, 0), again), rel=0.5)
+    """Codes are weighted means, as if each vector stood there so many times."""
+    x = blobs().double()
+    times = torch.randint(1, 5, (len(x),), generator=torch.Generator().manual_seed(3)).double()
+    before = kmeans(x, 8, iterations=5, init="kmeans++", weights=times, key=isthmus.key(0))[0]
+    after, counts = kmeans(x, 8, iterations=6, init="kmeans++", weights=times, key=isthmus.key(0))
+    repeated = x.repeat_interleave(times.long(), 0)
+    sizes, sums = ops.code_statistics(repeated, ops.vq_assign(repeated, before), 8)
+    assert torch.equal(counts, sizes)
+    torch.testing.assert_close(after, sums / sizes.unsqueeze(1), rtol=1e-12, atol=1e-12)
+
+
+def test_random_starts_are_distinct_vectors():
+    x = torch.randperm(50, generator=torch.Generator().manual_seed(0)).float().unsqueeze(1)
+    for seed in range(5):
+        codebook, counts = kmeans(x, 50, iterations=1, key=isthmus.key(seed))
+        assert torch.equal(codebook.sort(0).values, torch.arange(50.0).unsqueeze(1))
+        assert torch.equal(counts, torch.ones(50))
 
 
 def test_weight_zero_and_nan_are_left_out():
