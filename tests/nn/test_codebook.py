@@ -1,3 +1,5 @@
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,21 @@ def test_half_precision_vectors_are_searched_in_the_precision_of_the_codebook():
 def test_arguments_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         nn.VectorQuantizer(8, 4, **options)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_compiled_backward_reads_the_codebook_of_its_forward():
+    """Inductor recomputes clones in backward, when the update has moved what they are clones of."""
+    torch.manual_seed(0)
+    quantizer = nn.VectorQuantizer(16, 12, decay=0.5)
+    twin, x = copy.deepcopy(quantizer), torch.randn(24, 12)
+    grads = []
+    for call in (quantizer, torch.compile(twin, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        call(leaf).loss.backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(twin.state_dict(), quantizer.state_dict())
 
 
 def peak_memory():

@@ -81,9 +81,10 @@ def train(call, module, steps=3):
 def test_compiles_without_graph_break_and_trains_alike(module):
     twin = copy.deepcopy(module)
     torch._dynamo.reset()
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(train(compiled, twin), train(module, module))
-    torch.testing.assert_close(twin.state_dict(), module.state_dict())
+    # Cuts forward from backward as Inductor does, with values recomputed.
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager_decomp_partition")
+    torch.testing.assert_close(train(compiled, twin), train(module, module), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(twin.state_dict(), module.state_dict(), rtol=1e-4, atol=2e-4)
 
 
 def test_evaluation_compiles_without_graph_break(module):
