@@ -2,8 +2,9 @@
 // the formulas stand in forward.inl and backward.inl.
 //
 // A block keeps a tile of one side, the *kept* side, walks over the tiles of the other, turns logits into weights in
-// shared memory and adds the vectors of the other side to its own sums. Every sum has one owner and a fixed order: no
-// atomics.
+// shared memory and adds the vectors of the other side to its own sums. Where the kept side alone does not fill the
+// device, ranges of the other go to different blocks, whose sums are added in order. Every sum has one owner and a
+// fixed order: no atomics.
 #pragma once
 
 #include "assignment/engine.cuh"
@@ -79,6 +80,33 @@ struct Pass {
   C* totals;            // [heads · kept]: Σ weight
 };
 
+// How the tiles of the other side are cut into ranges. Depends on the problem alone.
+template <class C>
+struct PassPlan {
+  int64_t tiles;  // of the kept side of each head
+  int64_t tiles_per_range, ranges;
+  C *sums, *totals;  // of each range, if there are several
+
+  PassPlan(const Assignment& args, Side kept_side, bool wanted, Arena& arena) {
+    constexpr int64_t enough_blocks = 512;
+    const int64_t kept = kept_side == Side::rows ? args.rows : args.codes;
+    const int64_t others = kept_side == Side::rows ? args.codes : args.rows;
+    tiles = parts_of(kept, tile_size<C>);
+    // All ranges together hold little more than the vectors they add.
+    const int64_t blocks = at_least_one(args.heads * tiles), affordable = others / at_least_one(kept) + 4;
+    const int64_t other_tiles = at_least_one(parts_of(others, tile_size<C>));
+    tiles_per_range = parts_of(other_tiles, least(parts_of(enough_blocks, blocks), least(affordable, other_tiles)));
+    ranges = parts_of(other_tiles, tiles_per_range);
+    const int64_t count = wanted && ranges > 1 ? ranges * args.heads * kept : 0;
+    sums = arena.take<C>(count * args.dim);
+    totals = arena.take<C>(count);
+  }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t at_least_one(int64_t value) { return value < 1 ? 1 : value; }
+};
+
 // Weights of a tile, [kept][other]: odd rows spread the kept vectors of a warp over the banks.
 template <class C>
 constexpr int weight_stride = tile_size<C> + 1;
@@ -141,24 +169,28 @@ __device__ __forceinline__ void weight_tile(const Problem<C>& problem, const Pas
 }
 
 template <Side Kept, class C, class Rule>
-__global__ void __launch_bounds__(block_threads) pass_kernel(Problem<C> problem, Pass<C> pass, Rule rule) {
+__global__ void __launch_bounds__(block_threads)
+    pass_kernel(Problem<C> problem, Pass<C> pass, PassPlan<C> plan, Rule rule) {
   constexpr int n = per_thread<C>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<PassShared<C>*>(memory);
   const int x = threadIdx.x % block_side, y = threadIdx.x / block_side;
   const int64_t kept = Kept == Side::rows ? problem.rows : problem.codes;
   const int64_t others = Kept == Side::rows ? problem.codes : problem.rows;
-  const int64_t tiles = parts_of(kept, tile_size<C>), head = blockIdx.x / tiles, dim = problem.dim;
-  const int64_t first_kept = blockIdx.x % tiles * tile_size<C>;
+  const int64_t range = blockIdx.x % plan.ranges, tile = blockIdx.x / plan.ranges, dim = problem.dim;
+  const int64_t head = tile / plan.tiles, first_kept = tile % plan.tiles * tile_size<C>;
+  const int64_t begin = range * plan.tiles_per_range * tile_size<C>;
+  const int64_t limit = begin + plan.tiles_per_range * tile_size<C>, end = limit < others ? limit : others;
+  const int64_t first_sum = (range * problem.heads + head) * kept;
   const C* vectors = pass.others + head * others * dim;
-  C* sums = pass.sums + head * kept * dim;
+  C* sums = pass.sums + first_sum * dim;
   C total = 0;  // Σ weight of the kept vector threadIdx.x
 
-  for (int64_t first = 0; first < others; first += tile_size<C>) {
+  for (int64_t first = begin; first < end; first += tile_size<C>) {
     weight_tile<Kept>(problem, pass, rule, head, Kept == Side::rows ? first_kept : first,
                       Kept == Side::rows ? first : first_kept, shared);
     __syncthreads();
-    const int64_t left = others - first;
+    const int64_t left = end - first;
     const int count = static_cast<int>(left < tile_size<C> ? left : tile_size<C>);
     if (pass.totals != nullptr && threadIdx.x < tile_size<C>) {
       for (int j = 0; j < count; ++j) total += shared.weights[threadIdx.x * weight_stride<C> + j];
@@ -181,18 +213,44 @@ __global__ void __launch_bounds__(block_threads) pass_kernel(Problem<C> problem,
     __syncthreads();
   }
   const int64_t mine = first_kept + threadIdx.x;
-  if (pass.totals != nullptr && threadIdx.x < tile_size<C> && mine < kept) pass.totals[head * kept + mine] = total;
+  if (pass.totals != nullptr && threadIdx.x < tile_size<C> && mine < kept) pass.totals[first_sum + mine] = total;
+}
+
+// out[i] = Σ over the ranges of partial[range, i]
+template <class C>
+__global__ void __launch_bounds__(block_threads)
+    add_ranges_kernel(const C* partial, int64_t ranges, int64_t count, C* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x;
+  if (i >= count) return;
+  C sum = 0;
+  for (int64_t range = 0; range < ranges; ++range) sum += partial[range * count + i];
+  out[i] = sum;
+}
+
+template <class C>
+void add_ranges(const C* partial, int64_t ranges, int64_t count, C* out, void* stream) {
+  if (out == nullptr) return;
+  launch("ranges", add_ranges_kernel<C>, parts_of(count, block_threads), block_threads, 0, stream, partial, ranges,
+         count, out);
 }
 
 template <Side Kept, class C, class Rule>
-void run_pass(const Problem<C>& problem, const Pass<C>& pass, const Rule& rule, void* stream) {
-  const int64_t kept = Kept == Side::rows ? problem.rows : problem.codes;
-  if (pass.sums != nullptr) {
-    const size_t bytes = static_cast<size_t>(problem.heads * kept * problem.dim) * sizeof(C);
-    check(cudaMemsetAsync(pass.sums, 0, bytes, static_cast<cudaStream_t>(stream)), "weighted sums");
+void run_pass(const Problem<C>& problem, const Pass<C>& pass, const PassPlan<C>& plan, const Rule& rule, void* stream) {
+  const int64_t kept = problem.heads * (Kept == Side::rows ? problem.rows : problem.codes);
+  Pass<C> part = pass;
+  if (plan.ranges > 1) {
+    part.sums = pass.sums == nullptr ? nullptr : plan.sums;
+    part.totals = pass.totals == nullptr ? nullptr : plan.totals;
   }
-  launch("weighted sums", pass_kernel<Kept, C, Rule>, problem.heads * parts_of(kept, tile_size<C>), block_threads,
-         sizeof(PassShared<C>), stream, problem, pass, rule);
+  if (part.sums != nullptr) {
+    const size_t bytes = static_cast<size_t>(plan.ranges * kept * problem.dim) * sizeof(C);
+    check(cudaMemsetAsync(part.sums, 0, bytes, static_cast<cudaStream_t>(stream)), "weighted sums");
+  }
+  launch("weighted sums", pass_kernel<Kept, C, Rule>, problem.heads * plan.tiles * plan.ranges, block_threads,
+         sizeof(PassShared<C>), stream, problem, part, plan, rule);
+  if (plan.ranges == 1) return;
+  add_ranges<C>(plan.sums, plan.ranges, kept * problem.dim, pass.sums, stream);
+  add_ranges<C>(plan.totals, plan.ranges, kept, pass.totals, stream);
 }
 
 // ---- what becomes of the sums --------------------------------------------------------------------------------------
@@ -271,11 +329,14 @@ void finish(const Problem<C>& problem, const C* sums, const C* totals, const C* 
 template <class C>
 struct GradientPlan {
   C *to_x, *to_codes, *totals;
+  PassPlan<C> over_codes, over_rows;
 
   GradientPlan(const Assignment& args, bool want_x, bool want_codes, Arena& arena)
       : to_x(want_x ? arena.take<C>(args.heads * args.rows * args.dim) : nullptr),
         to_codes(want_codes ? arena.take<C>(args.heads * args.codes * args.dim) : nullptr),
-        totals(want_codes ? arena.take<C>(args.heads * args.codes) : nullptr) {}
+        totals(want_codes ? arena.take<C>(args.heads * args.codes) : nullptr),
+        over_codes(args, Side::rows, want_x, arena),
+        over_rows(args, Side::codes, want_codes, arena) {}
 };
 
 // Both gradients of the weights that a rule gives; `direct`, if not null, is added to those of the codes.
@@ -284,14 +345,14 @@ void differentiate(const Problem<C>& problem, const GradientPlan<C>& plan, const
                    const Rule& rule, const C* direct, void* grad_x, void* grad_codebook, void* stream) {
   const C* values = static_cast<const C*>(normalizer);
   if (grad_x != nullptr) {
-    run_pass<Side::rows>(problem, Pass<C>{values, products, problem.codebook.vectors, plan.to_x, nullptr}, rule,
-                         stream);
+    run_pass<Side::rows>(problem, Pass<C>{values, products, problem.codebook.vectors, plan.to_x, nullptr},
+                         plan.over_codes, rule, stream);
     finish<T, Side::rows>(problem, plan.to_x, static_cast<const C*>(nullptr), static_cast<const C*>(nullptr), grad_x,
                           stream);
   }
   if (grad_codebook == nullptr) return;
-  run_pass<Side::codes>(problem, Pass<C>{values, products, problem.x.vectors, plan.to_codes, plan.totals}, rule,
-                        stream);
+  run_pass<Side::codes>(problem, Pass<C>{values, products, problem.x.vectors, plan.to_codes, plan.totals},
+                        plan.over_rows, rule, stream);
   finish<T, Side::codes>(problem, plan.to_codes, plan.totals, direct, grad_codebook, stream);
 }
 

@@ -25,8 +25,11 @@ template <class C>
 struct SoftQuantizePlan {
   Problem<C> problem;
   SummaryPlan<C> summary;
+  PassPlan<C> over_codes;
   SoftQuantizePlan(const SoftQuantize& args, Arena& arena)
-      : problem(args.of, nullptr, args.gumbel, arena), summary(args.of, arena) {}
+      : problem(args.of, nullptr, args.gumbel, arena),
+        summary(args.of, arena),
+        over_codes(args.of, Side::rows, true, arena) {}
 };
 
 template <class C>
@@ -46,18 +49,23 @@ template <class C>
 struct SoftStatisticsPlan {
   Problem<C> problem;
   SummaryPlan<C> summary;
+  PassPlan<C> over_rows;
   SoftStatisticsPlan(const SoftStatistics& args, Arena& arena)
-      : problem(args.of, nullptr, no_noise, arena), summary(args.of, arena) {}
+      : problem(args.of, nullptr, no_noise, arena),
+        summary(args.of, arena),
+        over_rows(args.of, Side::codes, true, arena) {}
 };
 
 template <class C>
 struct SoftStatisticsBackwardPlan {
   Problem<C> problem;
   GradientPlan<C> gradients;
+  PassPlan<C> over_codes;
   C* mean_usage;
   SoftStatisticsBackwardPlan(const SoftStatisticsBackward& args, Arena& arena)
       : problem(args.of, nullptr, no_noise, arena),
         gradients(args.of, args.grad_x != nullptr, args.grad_codebook != nullptr, arena),
+        over_codes(args.of, Side::rows, args.grad_usage != nullptr, arena),
         mean_usage(take_if<C>(args.grad_usage != nullptr, row_count(args.of), arena)) {}
 };
 
@@ -124,7 +132,7 @@ void assignment_soft_quantize(const SoftQuantize& args, void* stream) {
     C *normalizer = static_cast<C*>(args.normalizer), *centred = static_cast<C*>(args.centred);
     summarise<true>(problem, plan.summary, RowResults<C>{args.indices, normalizer, nullptr, nullptr}, stream);
     run_pass<Side::rows>(problem, Pass<C>{normalizer, nullptr, problem.codebook.vectors, centred, nullptr},
-                         Probability<C>{problem.unit ? problem.codebook.norms : nullptr}, stream);
+                         plan.over_codes, Probability<C>{problem.unit ? problem.codebook.norms : nullptr}, stream);
     launch("soft assignment", write_soft_kernel<T, C>, divide_up(row_count(args.of) * args.of.dim, block_threads),
            block_threads, 0, stream, problem, static_cast<const C*>(centred), static_cast<const T*>(args.of.codebook),
            static_cast<const int64_t*>(args.indices), args.hard, static_cast<T*>(args.quantized));
@@ -141,7 +149,7 @@ void assignment_soft_quantize_backward(const SoftQuantizeBackward& args, void* s
     if (args.grad_codebook != nullptr) {
       run_pass<Side::codes>(
           problem, Pass<C>{static_cast<const C*>(args.normalizer), nullptr, plan.incoming, plan.averaged, nullptr},
-          Probability<C>{nullptr}, stream);
+          plan.gradients.over_rows, Probability<C>{nullptr}, stream);
     }
     differentiate<T>(problem, plan.gradients, args.normalizer, plan.incoming,
                      AverageGradient<C>{problem.codebook.norms, plan.centre}, plan.averaged, args.grad_x,
@@ -155,8 +163,8 @@ void assignment_soft_statistics(const SoftStatistics& args, void* stream) {
     C *normalizer = static_cast<C*>(args.normalizer), *usage = static_cast<C*>(args.usage);
     summarise<true>(plan.problem, plan.summary,
                     RowResults<C>{nullptr, normalizer, static_cast<C*>(args.entropy), nullptr}, stream);
-    run_pass<Side::codes>(plan.problem, Pass<C>{normalizer, nullptr, nullptr, nullptr, usage}, Probability<C>{nullptr},
-                          stream);
+    run_pass<Side::codes>(plan.problem, Pass<C>{normalizer, nullptr, nullptr, nullptr, usage}, plan.over_rows,
+                          Probability<C>{nullptr}, stream);
   });
 }
 
@@ -166,7 +174,7 @@ void assignment_soft_statistics_backward(const SoftStatisticsBackward& args, voi
     const C *normalizer = static_cast<const C*>(args.normalizer), *usage = static_cast<const C*>(args.grad_usage);
     if (usage != nullptr) {
       run_pass<Side::rows>(plan.problem, Pass<C>{normalizer, nullptr, nullptr, nullptr, plan.mean_usage},
-                           WeightedProbability<C>{usage}, stream);
+                           plan.over_codes, WeightedProbability<C>{usage}, stream);
     }
     const StatisticsGradient<C> rule{usage, plan.mean_usage, static_cast<const C*>(args.grad_entropy),
                                      static_cast<const C*>(args.entropy)};

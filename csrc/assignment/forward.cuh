@@ -10,9 +10,8 @@
 namespace isthmus::cuda {
 namespace {
 
-// Of the logits of a row met so far: the greatest (the first of equals) and its code; Σ exp(t) and Σ exp(t) t, t =
-// logit
-// - top.
+// Of the logits of a row met so far: the greatest (the first of equals) and its code; Σ exp(t) and Σ exp(t) t,
+// t = logit - top.
 template <class C>
 struct RowSummary {
   C top = sizeof(C) == 4 ? C(-0x1.fffffep127) : C(-0x1.fffffffffffffp1023);
