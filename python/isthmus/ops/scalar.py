@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from isthmus import reference
@@ -192,8 +193,9 @@ def lfq_code_counts(
     """The soft histogram over all 2^n codes, Σ over rows of p(c | u): exact, and never rows × 2^n in memory.
 
     A code is a high and a low half of its bits, and p(c | u) = p(high | u) · p(low | u) (``lfq_quantize_entropy``). The
-    sum over rows of such products is one matrix product of two tables of 2^(n/2) columns. Rows go through it in blocks
-    that backward computes again, so memory is that of one block and of the result.
+    sum over rows of such products is one matrix product of two tables of 2^(n/2) columns, torch's own, in whose order
+    of summation this function differs from the ops of this library. Rows go through it in blocks that backward computes
+    again, so memory is that of one block and of the result.
 
     Args:
         As in ``lfq_quantize_entropy``. n up to 18 or so: time is rows · 2^n multiplications.
@@ -216,10 +218,9 @@ def lfq_code_counts(
 
     def block(rows: Tensor, kept: Tensor | None) -> Tensor:
         logits = reference.scalar._bit_logits(rows, scale, spherical, inverse_temperature)
-        high, low = _code_table(logits[:, : bits // 2]), _code_table(logits[:, bits // 2 :])
-        high = high if kept is None else torch.where(kept, high, 0.0)
         with torch.autocast(x.device.type, enabled=False):
-            return high.T @ low
+            high, low = _code_table(logits[:, : bits // 2]), _code_table(logits[:, bits // 2 :])
+            return (high if kept is None else torch.where(kept, high, 0.0)).T @ low
 
     if len(rows) <= _ROWS_AT_ONCE:
         return block(rows, kept).flatten()
@@ -231,11 +232,13 @@ def lfq_code_counts(
 
 def _code_table(logits: Tensor) -> Tensor:
     """[rows, bits] to the probabilities [rows, 2^bits] of all combinations, the first bit the most significant."""
-    table = logits.new_ones(len(logits), 1)
-    for logit in logits.unbind(-1):
-        pair = torch.stack(((-logit).sigmoid(), logit.sigmoid()), dim=-1)
-        table = (table.unsqueeze(-1) * pair.unsqueeze(-2)).flatten(1)
-    return table
+    bits = logits.shape[-1]
+    shifts = torch.arange(bits - 1, -1, -1, device=logits.device).unsqueeze(-1)
+    ones = (torch.arange(2**bits, device=logits.device) >> shifts & 1).to(logits.dtype)
+    # Logarithms are negative, so their sums lose nothing. What e^-800 would multiply is zero in float64 too, but an
+    # infinity, times a zero of the product, would not be.
+    log_p = torch.cat((F.logsigmoid(-logits), F.logsigmoid(logits)), dim=-1).clamp(min=-800.0)
+    return (log_p @ torch.cat((1 - ones, ones))).exp()
 
 
 def _plogp(p: Tensor) -> Tensor:
