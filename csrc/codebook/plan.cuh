@@ -57,12 +57,15 @@ __device__ __forceinline__ double upper_bound(Metric metric, double screened, co
   // Twice what a sum of `depth` terms loses if every addition truncates, and what underflow may take from each.
   constexpr double unit = wide ? 0x1p-51 : 0x1p-22, underflow = wide ? 0x1p-1000 : 0x1p-124;
   constexpr double overflow = wide ? 0x1p1000 : 0x1p126;
-  const double size = x.length * c.length + c.offset, steps = static_cast<double>(depth + 32);
+  constexpr double vanished = wide ? 0x1p-500 : 0;  // of a length, where the squares of float64 underflow
+  const double length = x.length + vanished, steps = static_cast<double>(depth + 32);
+  const double size = length * (c.length + vanished) + c.offset;
   const double narrowing = x.error * c.length + (x.length + x.error) * c.error;
   const double margin = 1.0001 * narrowing + steps * (unit * size + underflow);
   const double sum = x.length + c.reach;
-  const double bound = metric == Metric::euclidean ? 2 * (screened + margin) + x.shift + steps * 0x1p-51 * sum * sum
-                                                   : screened + margin + x.shift + steps * 0x1p-51 * x.length * c.reach;
+  const double bound = metric == Metric::euclidean
+                           ? 2 * (screened + margin) + x.shift + steps * 0x1p-51 * sum * sum
+                           : screened + margin + x.shift + steps * 0x1p-51 * length * (c.reach + vanished);
   // No bound at all where partial sums may have overflowed or something is not a number.
   return size < overflow && bound == bound ? bound : infinity<double>();
 }
