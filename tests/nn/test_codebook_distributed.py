@@ -98,7 +98,23 @@ def unsynchronised(rank=None):
     return quantizer.state_dict()
 
 
-OTHERS = {"masked": masked, "uneven": uneven, "accumulated": accumulated, "unsynchronised": unsynchronised}
+def starved(rank=None):
+    """A rank without a single vector takes part all the same."""
+    torch.manual_seed(0)
+    models = [nn.VectorQuantizer(16, 6, decay=0.5, revive_below=0.5), nn.ResidualVQ(16, 6, 2, decay=0.5)]
+    x = torch.randn(30, 6)[: 0 if rank == 1 else None]
+    for model in models:
+        model(x)
+    return {str(i): model.usage for i, model in enumerate(models)}
+
+
+OTHERS = {
+    "masked": masked,
+    "uneven": uneven,
+    "accumulated": accumulated,
+    "unsynchronised": unsynchronised,
+    "starved": starved,
+}
 
 
 def work(rank, folder):
@@ -153,3 +169,10 @@ def test_uneven_batches_agree_and_revive_with_vectors_of_the_batch(ranks):
 def test_without_synchronisation_every_rank_learns_alone(ranks):
     for rank, results in enumerate(ranks):
         torch.testing.assert_close(results["unsynchronised"], unsynchronised(rank))
+
+
+def test_a_rank_without_vectors_takes_part(ranks):
+    first, second = (rank["starved"] for rank in ranks)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+    assert not torch.equal(first["0"], torch.ones(16))
+    assert not torch.equal(first["1"], torch.ones(32))

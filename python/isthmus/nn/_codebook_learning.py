@@ -138,7 +138,7 @@ class Codebook(nn.Module):
         uniform = torch.special.ndtr(ops.gaussian_noise(self.revival_key, (count,), torch.float64))
         self.revival_key[1].add_(count)
         number = (uniform * (rows * ranks)).long().clamp_max(rows * ranks - 1) - rank * rows
-        return number.clamp(0, rows - 1), (number >= 0) & (number < rows)
+        return number.clamp(0, max(rows - 1, 0)), (number >= 0) & (number < rows)
 
     @torch.no_grad()
     def update(
@@ -235,7 +235,9 @@ def embed(indices: Tensor, codes: Tensor) -> Tensor:
 
 
 def pick(books: Tensor, number: Tensor) -> Tensor:
-    """Rows of each book: ``[B, N, d]`` at ``[B, M]``, to ``[B, M, d]``."""
+    """Rows of each book: ``[B, N, d]`` at ``[B, M]``, to ``[B, M, d]``; zeros where there are none."""
+    if books.shape[1] == 0:
+        return books.new_zeros(*number.shape, books.shape[-1])
     return torch.stack([rows.index_select(0, chosen) for rows, chosen in zip(books, number, strict=True)])
 
 

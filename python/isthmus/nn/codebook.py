@@ -304,10 +304,10 @@ class VectorQuantizer(Codebook):
         totals = ops.code_totals(counted.reshape(len(indices), counted.shape[-1]), indices, len(self.usage))
         if update == "later":
             self.accumulate(totals)
-        elif self.revive_below > 0.0 and books.shape[1] > 0:
+        elif self.revive_below > 0.0:
             number, owned = (part.view(len(books), -1) for part in self.draw(len(self.usage), books.shape[1]))
             if mask is not None:
-                owned = owned & mask.view(len(books), -1).gather(1, number)
+                owned = owned & pick(mask.view(len(books), -1, 1), number).squeeze(-1)
             self.update(totals, pick(books, number).flatten(0, 1), owned.flatten(), code_weight)
         else:
             self.update(totals, code_weight=code_weight)

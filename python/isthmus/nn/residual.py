@@ -248,7 +248,7 @@ class ResidualVQ(Codebook):
         totals = self._totals(rows, indices)
         if update == "later":
             self.accumulate(totals)
-        elif self.revive_below > 0.0 and rows.shape[-2] > 0:
+        elif self.revive_below > 0.0:
             self.update(totals, *self._candidates(rows, indices), code_weight)
         else:
             self.update(totals, code_weight=code_weight)
@@ -268,7 +268,7 @@ class ResidualVQ(Codebook):
     def _candidates(self, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """For each code a residual of its stage, all of the same few rows, and whether this rank has it."""
         most = max(self.num_codes)
-        rows, indices = rows.view(self.groups, -1, rows.shape[-1]), indices.view(self.groups, -1, self.num_quantizers)
+        rows, indices = (part.view(self.groups, rows.shape[-2], part.shape[-1]) for part in (rows, indices))
         number, owned = (part.view(self.groups, most) for part in self.draw(self.groups * most, rows.shape[1]))
         residual, path = pick(rows, number), pick(indices, number)
         of_stage, reached = [], []

@@ -30,27 +30,36 @@ class GaussianBottleneck(isthmus.nn.GaussianBottleneck):
 class VectorQuantizer(isthmus.nn.VectorQuantizer):
     """Distances by one matrix product, straight-through by detach, averages by index_add."""
 
-    def forward(self, x: Tensor) -> VectorQuantizerOutput:
+    sums: Tensor
+
+    def forward(self, x: Tensor) -> VectorQuantizerOutput:  # type: ignore[override]
         indices = self.encode(x)
         codes = self.decode(indices)
         error = (x - codes).square().sum(dim=-1).mean()
         quantized = x + (codes - x).detach()
         if self.training:
-            self._update(x.reshape(-1, self.dim), indices.reshape(-1))
+            self._move_codes(x.reshape(-1, self.dim), indices.reshape(-1))
         return VectorQuantizerOutput(quantized, indices, self.commitment_weight * error)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]
         # |x|² is the same for every code and stays out of the search.
         norms = self.codebook.square().sum(dim=-1)
         scores = torch.addmm(norms, x.reshape(-1, self.dim), self.codebook.T, alpha=-2.0)
         return scores.argmin(dim=-1).view(x.shape[:-1])
 
-    def _statistics(self, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _move_codes(self, rows: Tensor, indices: Tensor) -> None:
+        step, per_code = 1.0 - self.decay, self.num_codes / rows.shape[0]
         counts = torch.bincount(indices, minlength=self.num_codes)
         sums = torch.zeros_like(self.sums).index_add_(0, indices, rows)
-        per_code = self.num_codes / rows.shape[0]
-        return counts * per_code, sums * per_code
+        self.usage.lerp_(counts * per_code, step)
+        self.sums.lerp_(sums * per_code, step)
+        self.codebook.copy_(self.sums / self.usage.unsqueeze(-1))
+        dead = self.usage < self.revive_below
+        fresh = rows[torch.randint(rows.shape[0], (self.num_codes,))]
+        self.usage[dead] = 1.0
+        self.sums[dead] = self.codebook[dead] = fresh[dead]
 
 
 class TopKSAE(isthmus.nn.TopKSAE):
