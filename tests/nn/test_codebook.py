@@ -196,6 +196,13 @@ def test_compiled_backward_reads_the_codebook_of_its_forward():
     torch.testing.assert_close(twin.state_dict(), quantizer.state_dict())
 
 
+def test_snapshot_keeps_the_promises_of_an_op():
+    for x in (torch.randn(3, 4), torch.randn(3, 4, requires_grad=True), torch.randn(0, 4)):
+        torch.library.opcheck(torch.ops.isthmus_nn.snapshot, (x,))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: torch.ops.isthmus_nn.snapshot(x).square(), x)
+
+
 def peak_memory():
     """Bytes at the highest point since the last reset."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

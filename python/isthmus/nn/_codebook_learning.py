@@ -208,7 +208,7 @@ def check_update(update: str) -> None:
         raise ValueError(f"update must be 'now' or 'later', got {update!r}")
 
 
-@torch.library.custom_op("isthmus::snapshot", mutates_args=())
+@torch.library.custom_op("isthmus_nn::snapshot", mutates_args=())
 def _snapshot(x: Tensor) -> Tensor:
     return x.clone()
 
