@@ -153,7 +153,8 @@ void search_group(const ResidualSearch& args, const Stages& stages, int64_t grou
   const PackedStages<T> packed(codes, stages, table);
   // Large blocks spare the codebooks' passage through the cache, but every thread needs some.
   constexpr int64_t max_sequences = BlockSearch<T>::max_rows, min_rows = 24;
-  const int64_t most = max_sequences / args.beam, share = codes.rows / 16;
+  const int64_t most = max_sequences / args.beam;
+  const int64_t share = (codes.rows / 16 + tile_height - 1) / tile_height * tile_height;
   const int64_t wanted = share < min_rows ? min_rows : share, block_rows = most < 1 ? 1 : most < wanted ? most : wanted;
   constexpr int64_t products_per_element = 64;  // as fast as moving one element in a loop bound by memory
   const int64_t work = codes.codes * codes.dim * args.beam * block_rows / products_per_element;
