@@ -1,5 +1,7 @@
 """The options of VectorQuantizer against plain float64 formulas."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -267,6 +269,22 @@ def test_masked_vectors_revive_no_code():
         quantizer(x, mask=mask)
     assert (quantizer.codebook.abs() < 100.0).all()
     torch.testing.assert_close(quantizer.perplexity, quantizer.perplexity.clamp(20.0, 32.0))
+
+
+@pytest.mark.parametrize("make", [nn.VectorQuantizer, lambda *a, **options: nn.ResidualVQ(*a, 2, **options)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_vectors_that_are_not_finite_teach_nothing(make, value):
+    torch.manual_seed(0)
+    quantizer = make(64, 4, decay=0.0, revive_below=0.5)
+    twin = copy.deepcopy(quantizer)
+    x = torch.randn(200, 4)
+    x[::2, 1] = value
+    for _ in range(3):
+        out = quantizer(x)
+        twin(x, mask=x.isfinite().all(-1))
+    assert not out.loss.isfinite()
+    torch.testing.assert_close(quantizer.state_dict(), twin.state_dict())
+    assert all(buffer.isfinite().all() for buffer in quantizer.buffers())
 
 
 def test_perplexity_counts_the_codes_in_use():

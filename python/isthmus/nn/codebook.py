@@ -219,7 +219,8 @@ class VectorQuantizer(Codebook):
             indices=sampled,
         )
         if self.learns:
-            self._learn(rows.detach(), indices, mask, update, code_weight)
+            # Vectors that hold a NaN or an infinity teach nothing: the averages would never recover.
+            self._learn(rows.detach(), indices, error.isfinite() & (indices >= 0), update, code_weight)
         # The op weights the gradient of its error; the second term gives the value its weights.
         error = mean_of_live(error, mask)
         learned = self.learning == "gradient" and not self.freeze_codebook
@@ -292,13 +293,11 @@ class VectorQuantizer(Codebook):
         return ops.vq_sample(rows, codes, metric=self.metric, temperature=self.sample_temperature, mask=mask)
 
     @torch.no_grad()
-    def _learn(
-        self, rows: Tensor, indices: Tensor, mask: Tensor | None, update: str, code_weight: Tensor | None
-    ) -> None:
+    def _learn(self, rows: Tensor, indices: Tensor, live: Tensor, update: str, code_weight: Tensor | None) -> None:
         books = rows if self.layout.separate else rows.unsqueeze(0)
         offset = self.num_codes * torch.arange(len(books), device=rows.device).unsqueeze(-1)
-        indices = indices.view(len(books), -1)
-        indices = torch.where(indices < 0, -1, indices + offset).view(-1)
+        live = live.view(len(books), -1)
+        indices = torch.where(live, indices.view(len(books), -1) + offset, -1).view(-1)
         # Where gradients move the codes, only the hits are asked for: vectors of size 0.
         counted = books if self.learning == "ema" else books[..., :0]
         totals = ops.code_totals(counted.reshape(len(indices), counted.shape[-1]), indices, len(self.usage))
@@ -306,8 +305,7 @@ class VectorQuantizer(Codebook):
             self.accumulate(totals)
         elif self.revive_below > 0.0:
             number, owned = (part.view(len(books), -1) for part in self.draw(len(self.usage), books.shape[1]))
-            if mask is not None:
-                owned = owned & pick(mask.view(len(books), -1, 1), number).squeeze(-1)
+            owned = owned & pick(live.unsqueeze(-1), number).squeeze(-1)
             self.update(totals, pick(books, number).flatten(0, 1), owned.flatten(), code_weight)
         else:
             self.update(totals, code_weight=code_weight)

@@ -177,7 +177,9 @@ class ResidualVQ(Codebook):
             mask=mask,
         )
         if self.learns:
-            self._learn(rows.detach(), indices, update, code_weight)
+            # Vectors that hold a NaN or an infinity teach nothing: the averages would never recover.
+            finite = error.isfinite().all(dim=-1, keepdim=True)
+            self._learn(rows.detach(), torch.where(finite, indices, -1), update, code_weight)
         # The op weights the gradient of its error; the second term gives the value its weights.
         error = mean_of_live(error.sum(-1), mask)
         weight = self.commitment_weight + (self.learning == "gradient" and not self.freeze_codebook)
