@@ -382,8 +382,9 @@ def binary_map(
     Args:
         logits: [..., n], n up to 62; float32, float64, bfloat16 or float16.
         gradient: "mean": that of the bits' mean σ(logit), straight through the draw. "gumbel": that of the relaxed bits
-            σ((logit + noise) / temperature), whose noise is drawn again. (Fleuret's own estimator goes through the
-            probabilities of all 2^n one-hot outputs; it is ``bits``-wise what "mean" is, and needs rows × 2^n memory.)
+            σ((logit + noise) / temperature), whose noise is drawn again. (Fleuret's own estimator is the gradient of
+            the probabilities of all 2^n one-hot outputs, in rows × 2^n memory; where the bits go through a linear layer
+            first, "mean" is the same.)
         temperature: of "gumbel", above 0.
         deterministic: the likelier bit instead of a sample; a zero logit gives 0.
         key: int64 [2]. Default: a fresh key drawn from ``generator``, or from torch's generator of the device.
