@@ -11,11 +11,6 @@
 namespace isthmus::cuda {
 namespace {
 
-template <class C>
-__device__ constexpr C infinity() {
-  return static_cast<C>(__builtin_huge_val());
-}
-
 // How many parts of a size there are.
 __host__ __device__ __forceinline__ int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -91,11 +86,6 @@ __global__ void __launch_bounds__(block_threads) origin_kernel(const T* codebook
   for (int i = 1; i < origin_runs; ++i) sum += sums[i][column];
   const C mean = sum / static_cast<C>(problem.codes);
   problem.origin[head * problem.dim + d] = mean - mean == 0 ? mean : C(0);  // one bad code must not spoil the others
-}
-
-template <class C>
-__device__ __forceinline__ C warp_total(C value) {
-  return __shfl_sync(0xffffffffu, warp_sum(value), 0);
 }
 
 enum class Side { rows, codes };

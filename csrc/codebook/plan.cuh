@@ -25,11 +25,6 @@ namespace {
 
 constexpr int group_codes = warp_size;  // a lane for each when they are scored exactly
 
-template <class C>
-__device__ constexpr C infinity() {
-  return static_cast<C>(__builtin_huge_val());
-}
-
 // What bounds the error of a row's and of a group's screened scores. Lengths are Euclidean norms; of a group, the
 // largest among its codes that hold no NaN.
 struct RowBound {

@@ -63,6 +63,11 @@ __device__ __forceinline__ T from_compute(Compute<T> value) {
   return static_cast<T>(value);
 }
 
+template <class C>
+__device__ constexpr C infinity() {
+  return static_cast<C>(__builtin_huge_val());
+}
+
 template <class F>
 inline void dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -106,6 +111,14 @@ __device__ __forceinline__ C warp_sum(C value) {
 #pragma unroll
   for (int offset = warp_size / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
   return value;  // valid in lane 0
+}
+
+// The sum over a warp, the same bits in all its lanes. All of them must call it.
+template <class C>
+__device__ __forceinline__ C warp_total(C value) {
+#pragma unroll
+  for (int offset = warp_size / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
 }
 
 // Sum over the block, valid in thread 0. Every thread must call it; blockDim.x is a multiple of 32.

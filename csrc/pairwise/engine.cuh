@@ -13,11 +13,6 @@ namespace {
 
 constexpr double half_log_two_pi = 0.91893853320467274178;
 
-template <class C>
-__device__ constexpr C infinity() {
-  return static_cast<C>(__builtin_huge_val());
-}
-
 // ---- components ----------------------------------------------------------------------------------------------------
 
 // 1/s, m/s and the log-density at the mean, for each component.

@@ -33,11 +33,6 @@ __device__ __forceinline__ long long to_ordered(double value) { return flip(__do
 __device__ __forceinline__ float from_ordered(int ordered) { return __int_as_float(flip(ordered)); }
 __device__ __forceinline__ double from_ordered(long long ordered) { return __longlong_as_double(flip(ordered)); }
 
-template <class C>
-__device__ __forceinline__ C infinity() {
-  return static_cast<C>(__builtin_huge_val());
-}
-
 // A list in global memory that belongs to one warp; it never holds a NaN.
 template <class C>
 struct Candidates {
