@@ -98,6 +98,7 @@ def test_masked_vectors_are_zeros_and_change_nothing(separate, given):
     assert (out.quantized[~mask] == 0).all()
     assert torch.equal(out.indices[mask], expected.indices)
     assert (out.indices[~mask] == -1).all()
+    assert (quantizer.decode(out.indices)[~mask] == 0).all()
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(quantizer.state_dict(), twin.state_dict())
     (out.loss + out.quantized.sum()).backward()
@@ -111,7 +112,20 @@ def test_a_batch_without_a_live_vector_leaves_the_codebook_alone():
     assert out.loss == 0
     assert torch.equal(quantizer.codebook, before)
     assert torch.equal(quantizer.usage, torch.ones(7))
-    assert quantizer(torch.randn(0, 6)).quantized.shape == (0, 6)
+    assert torch.equal(quantizer.codebook, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 2}, {"heads": 2, "separate_codebook_per_head": True, "codebook_dim": 5}]
+)
+@pytest.mark.parametrize("make", [nn.VectorQuantizer, lambda *a, **options: nn.ResidualVQ(*a, 2, groups=2)])
+def test_an_empty_batch(make, options):
+    quantizer = make(7, 6, **options)
+    before = quantizer.codebook.clone()
+    for shape in ((0, 6), (3, 0, 6)):
+        out = quantizer(torch.randn(shape))
+        assert out.quantized.shape == quantizer.decode(out.indices).shape == shape
+        assert torch.equal(quantizer.encode(torch.randn(shape)), out.indices)
     assert torch.equal(quantizer.codebook, before)
 
 
@@ -393,6 +407,7 @@ def test_cross_entropy_to_given_codes(metric):
         ({"sample_temperature": -1.0}, "sample_temperature"),
         ({"sample_temperature": 1.0, "gradient": "rotation"}, "rotation"),
         ({"transform": torch.nn.Identity()}, "transform needs"),
+        ({"losses": [nn.CodeDiversity(), nn.CodeDiversity()]}, "twice"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, match):

@@ -178,6 +178,8 @@ def test_masks_projections_and_channels():
     assert torch.equal(out.indices, indices.masked_fill(~mask.unsqueeze(-1), -1))
     expected = quantizer.layout.project_out(quantized).masked_fill(~mask.unsqueeze(-1), 0.0)
     torch.testing.assert_close(out.quantized, expected.movedim(-1, 1))
+    torch.testing.assert_close(quantizer.decode(out.indices), out.quantized)
+    assert (quantizer(x, stages=0).quantized == 0).all()
     torch.testing.assert_close(out.loss, 1.25 * errors.sum(-1)[mask].mean())
 
 

@@ -107,11 +107,17 @@ class VectorLayout(nn.Module):
         """Values of vectors, ``[...]`` or ``[..., H]``, as those of rows."""
         return indices.reshape(-1, self.heads).T if self.separate else indices.reshape(-1)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[..., d]``, or ``[..., H, d]``, to vectors in the layout of the input."""
-        if self.heads > 1:
-            codes = codes.flatten(-2)
-        return self.project_out(codes).movedim(-1, 1 if self.channel_first else -1)
+    def decode(self, codes: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Codes ``[..., d]``, or ``[..., H, d]``, to vectors in the layout of the input.
+
+        Zeros where all of the ``indices`` of a vector, where they are given, are −1.
+        """
+        leading = codes.shape[: -2 if self.heads > 1 else -1]
+        out = self.project_out(codes.reshape(*leading, self.heads * self.code_dim))
+        if indices is not None:
+            absent = (indices == -1).unsqueeze(-1).flatten(len(leading)).all(dim=-1, keepdim=True)
+            out = out.masked_fill(absent, 0.0)
+        return out.movedim(-1, 1 if self.channel_first else -1)
 
     def leading(self, x: Tensor) -> torch.Size:
         """The shape of ``x`` without its vectors."""

@@ -52,8 +52,8 @@ class VectorQuantizer(Codebook):
     a little without quantization first.
 
     Searching runs in the dtype of the codebook, whatever ``x`` is, and ``quantized`` returns in
-    the dtype of ``x``. Keep the module in float32 (autocast is fine): averages kept in
-    ``bfloat16`` stop moving once a step changes them by less than one part in 256.
+    the dtype of ``x``. ``usage`` and ``sums`` stay in float32 in a half-precision module: in ``bfloat16``
+    averages would stop moving once a step changes them by less than one part in 256.
 
     Distributed: where ``torch.distributed`` is initialised, hits, sums and candidates of all ranks
     are added up in one all-reduce a step, and all ranks hold the codebook that one process would
@@ -151,6 +151,9 @@ class VectorQuantizer(Codebook):
                 "transform needs learning='gradient' and revive_below=0: vectors that a code should average, or "
                 f"move onto, lie behind the transform; got learning={learning!r}, revive_below={revive_below}"
             )
+        losses = list(losses)
+        if len({type(term) for term in losses}) < len(losses):
+            raise ValueError(f"losses holds a kind of term twice: {[type(term).__name__ for term in losses]}")
         layout = VectorLayout(
             dim,
             codebook_dim,
@@ -247,7 +250,7 @@ class VectorQuantizer(Codebook):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices to vectors, as ``quantized`` has them."""
-        return self.layout.decode(self.get_codes(indices))
+        return self.layout.decode(self.get_codes(indices), indices)
 
     def cross_entropy(self, x: Tensor, indices: Tensor, *, temperature: float = 1.0) -> Tensor:
         """−log softmax(−|x − c|² / temperature), or of the cosines, at the given indices: a mean, in nats.

@@ -184,8 +184,9 @@ class ResidualVQ(Codebook):
         error = mean_of_live(error.sum(-1), mask)
         weight = self.commitment_weight + (self.learning == "gradient" and not self.freeze_codebook)
         loss = error + (weight - 1.0) * error.detach()
-        indices = self.layout.indices(indices, x, self.num_quantizers)
-        return ResidualVQOutput(self.layout.vectors(quantized, x, mask), indices, loss)
+        coded = None if mask is None and stages is None else indices[..., 0] >= 0
+        quantized = self.layout.vectors(quantized, x, coded)
+        return ResidualVQOutput(quantized, self.layout.indices(indices, x, self.num_quantizers), loss)
 
     def encode(self, x: Tensor, *, stages: int | None = None) -> Tensor:
         """Codes of the first ``stages`` stages (default: all): int64 ``[..., Q]``, −1 for the others."""
@@ -200,7 +201,7 @@ class ResidualVQ(Codebook):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices, of all stages or the first of them, to vectors, as ``quantized`` has them."""
-        return self.layout.decode(self.get_codes(indices).sum(dim=-2))
+        return self.layout.decode(self.get_codes(indices).sum(dim=-2), indices)
 
     @torch.no_grad()
     def init_from(self, x: Tensor, iterations: int = 10) -> None:
