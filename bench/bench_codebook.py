@@ -171,6 +171,75 @@ def bench_code_statistics(contest, shape):
     )
 
 
+def rotate(x: Tensor, code: Tensor) -> Tensor:
+    """The rotation trick of Fifty et al. (2024) as it is usually written."""
+    with torch.no_grad():
+        source, target = F.normalize(x, dim=-1), F.normalize(code, dim=-1)
+        middle = F.normalize(source + target, dim=-1)
+        scale = code.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True)
+    reflected = x - 2 * (x * middle).sum(-1, keepdim=True) * middle
+    return scale * (reflected + 2 * (x * source).sum(-1, keepdim=True) * target)
+
+
+@pytest.mark.parametrize("mode", ["fwd+bwd"])
+@shapes(SMALL, large=({"N": 16384, "K": 8192, "D": 64},))
+def bench_vq_rotation(contest, shape, mode):
+    """Everything but the search: quantize with given codes, and pass both gradients back."""
+    x, codebook = data(shape)
+
+    def plain(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        code = F.embedding(indices, codebook)
+        return rotate(x, code.detach()), (x - code).square().sum(-1)
+
+    def ours(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        quantized, _, error = ops.vq_quantize(x, codebook, gradient="rotation", indices=indices)
+        return quantized, error
+
+    indices = torch.randint(len(codebook), (len(x),))
+    contest(x, codebook, indices, plain=plain, isthmus=ours, compare=lambda *results: results)
+
+
+class MovingAverages(torch.nn.Module):
+    """The update of a codebook from the totals of a batch, and the revival of dead codes."""
+
+    def __init__(self, codebook: Tensor) -> None:
+        super().__init__()
+        self.codebook, self.sums = Buffer(codebook.clone()), Buffer(codebook.clone())
+        self.usage = Buffer(torch.ones(len(codebook)))
+
+    def forward(self, counts: Tensor, batch_sums: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        per_hit = len(counts) / counts.sum()
+        self.usage.lerp_(counts * per_hit, 0.01)
+        self.sums.lerp_(batch_sums * per_hit, 0.01)
+        dead = self.usage < 0.05
+        self.usage.masked_fill_(dead, 1.0)
+        self.sums.copy_(torch.where(dead.unsqueeze(1), candidates, self.sums))
+        self.codebook.copy_(self.sums / self.usage.unsqueeze(1))
+        return self.codebook.clone(), self.usage.clone()
+
+
+class FusedMovingAverages(MovingAverages):
+    def forward(self, counts: Tensor, batch_sums: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        ops.update_codebook_(
+            self.codebook, self.usage, self.sums, counts, batch_sums, decay=0.99, candidates=candidates,
+            revive_below=0.05,
+        )  # fmt: skip
+        return self.codebook.clone(), self.usage.clone()
+
+
+@shapes(SMALL, large=({"N": 16384, "K": 8192, "D": 64},))
+def bench_update_codebook(contest, shape):
+    x, codebook = data(shape)
+    totals = ops.code_statistics(x, torch.randint(len(codebook), (len(x),)), len(codebook))
+    contest(
+        *totals,
+        torch.randn_like(codebook),
+        plain=MovingAverages(codebook),
+        isthmus=FusedMovingAverages(codebook),
+        compare=lambda *results: results,
+    )
+
+
 class MovingAverageQuantizer(torch.nn.Module):
     """The training step of van den Oord et al. (2017), appendix A.1, as it is usually written."""
 

@@ -51,6 +51,25 @@ def eager(name: str) -> Callable[..., Any]:
     return call
 
 
+def register_in_place(name: str, written: int) -> None:
+    """Let autograd notice that the op `name` writes to its first arguments.
+
+    Then a tensor that changes between forward and backward is an error and not a wrong gradient. Ops that are defined
+    in C++ get this layer from nobody.
+    """
+    op = getattr(torch.ops.isthmus, name).default
+
+    def kernel(keyset: Any, *args: Any) -> None:
+        torch.autograd.graph.increment_version([t for t in args[:written] if t is not None])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+_library = torch.library.Library("isthmus", "FRAGMENT")  # what it registers lives as long as it does
+
+
 def _wants_gradient(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 

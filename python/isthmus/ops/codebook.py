@@ -11,11 +11,11 @@ from isthmus.ops._register import (
     none_if_absent,
     register_autocast,
     register_gradient,
+    register_in_place,
     register_second_order,
     register_vmap_by_loop,
 )
 
-_ops = torch.ops.isthmus
 _METRICS = ("euclidean", "cosine", "inner_product")
 _GRADIENTS = ("straight_through", "rotation", "codebook")
 
@@ -253,7 +253,7 @@ def update_codebook_(
         >>> codebook.flatten(), usage
         (tensor([1., 9.]), tensor([1.5000, 0.5000]))
     """
-    _ops.update_codebook_(
+    _update_codebook_(
         codebook, usage, sums, counts, batch_sums, code_weight, candidates, decay, eps, revive_below, normalize
     )
 
@@ -291,23 +291,6 @@ def _(x, indices, num_codes):
 @torch.library.register_fake("isthmus::update_codebook_")
 def _(codebook, usage, sums, counts, batch_sums, code_weight, candidates, decay, eps, revive_below, normalize):
     return None
-
-
-# ---- what is written in place ----------------------------------------------------------------------------------------
-
-
-def _increment_versions(keyset, codebook, usage, sums, *others):
-    """Autograd must notice if a codebook changes between forward and backward: no layer of C++ says so for us."""
-    for written in (codebook, usage, sums):
-        if written is not None:
-            torch.autograd.graph.increment_version(written)
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        _ops.update_codebook_.default.redispatch(below, codebook, usage, sums, *others)
-
-
-_library = torch.library.Library("isthmus", "FRAGMENT")
-_library.impl("update_codebook_", _increment_versions, "ADInplaceOrView", with_keyset=True)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -364,6 +347,8 @@ _vq_assign = eager("vq_assign")
 _vq_quantize = register_gradient("vq_quantize", _quantize_backward, _quantize_setup)
 _vq_gather = register_gradient("vq_gather", _gather_backward, _gather_setup)
 _code_totals = register_gradient("code_totals", _totals_backward, _totals_setup)
+_update_codebook_ = eager("update_codebook_")
+register_in_place("update_codebook_", written=3)
 register_second_order("vq_quantize_backward", _quantize_gradients)
 
 for _name in ("vq_assign", "vq_quantize", "vq_gather"):
