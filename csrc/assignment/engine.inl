@@ -162,12 +162,14 @@ struct Codes {
     }
   }
 
-  void multiply(const Strip& strip, const C* start, const C* panel, C* out) const {
+  // `added` is an offset for each code of the codebook; null: none.
+  void multiply(const Strip& strip, const C* added, const C* panel, C* out) const {
     static constexpr C zeros[tile_rows] = {};
     for (int64_t k = 0; k < strip.count; k += tile_rows) {
+      const int64_t code = strip.first + k;
       dispatch_rows(strip.count - k, [&]<int Rows>() {
-        multiply_rows<Rows>(tiles.data + (strip.first + k) * dim, start == nullptr ? zeros : start + strip.first + k,
-                            panel, out + k * panel_width<C>);
+        multiply_rows<Rows>(tiles.data + code * dim, added == nullptr ? zeros : added + code, panel,
+                            out + k * panel_width<C>);
       });
     }
   }
@@ -227,7 +229,7 @@ inline void for_each_column(const C* matrix, int64_t dim, int64_t count, Visit&&
   }
 }
 
-// ---- rows ----------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // Rows that stay in cache while all codes pass, also as panels whose lanes are rows.
 template <class C>
@@ -344,7 +346,7 @@ ISTHMUS_INLINE void for_each_vector(int64_t count, F&& f) {
   }
 }
 
-// ---- work ----------------------------------------------------------------------------------------------------------
+// ---- work -----------------------------------------------------------------------------------------------------------
 
 // The rows of a head in parts, at most `wanted`, of whole panels.
 template <class C>

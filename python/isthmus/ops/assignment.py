@@ -65,7 +65,7 @@ def vq_sample(
     check_choice("metric", metric, _METRICS)
     if temperature == 0:
         return vq_assign(x, codebook, metric=metric, mask=mask)
-    return _ops.vq_sample(x, codebook, mask, key_for(x, key, generator), metric, temperature)
+    return _vq_sample(x, codebook, mask, key_for(x, key, generator), metric, temperature)
 
 
 def vq_soft_quantize(
@@ -357,6 +357,7 @@ def _cross_entropy_gradients(grad, normalizer, x, codebook, indices, metric, tem
     return _keep(gradient_of(cross_entropy, (x, codebook), grad), needs)
 
 
+_vq_sample = eager("vq_sample")
 _vq_soft_quantize = register_gradient("vq_soft_quantize", _quantize_backward, _quantize_setup)
 _vq_soft_statistics = register_gradient("vq_soft_statistics", _statistics_backward, _statistics_setup)
 _vq_cross_entropy = register_gradient("vq_cross_entropy", _cross_entropy_backward, _cross_entropy_setup)
