@@ -401,6 +401,27 @@ def test_memory_stays_linear():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_a_training_step_takes_four_times_its_input():
+    """Forward, backward, totals and update, with the gradients and all outputs: at most 4 (N D + K D) floats."""
+    rows, codes, dim = 32_768, 8192, 64
+    x, codebook = torch.randn(rows, dim, requires_grad=True), torch.randn(codes, dim)
+    usage, sums = torch.ones(codes), codebook.clone()
+
+    def step(x):
+        quantized, indices, error = ops.vq_quantize(x, codebook, gradient="rotation")
+        (quantized.sum() + error.sum()).backward()
+        counts, batch_sums = ops.code_statistics(x, indices, codes)
+        ops.update_codebook_(codebook, usage, sums, counts, batch_sums, decay=0.99)
+
+    step(x[:500])
+    x.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    step(x)
+    assert peak_memory() - before < 4 * 4 * (rows + codes) * dim
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
 def test_heads_between_rows_are_not_copied():
     """Heads of 64 MB; only 64-bit indices and a little scratch may be new."""
     x = torch.randn(65_536, 8, 32).movedim(-2, 0)
