@@ -93,11 +93,17 @@ class SimVQ(VectorQuantizer):
     """
 
     def __init__(self, num_codes: int, dim: int, *, transform: nn.Module | None = None, **options: Any) -> None:
+        placeholder = nn.Identity()  # until the size of a code is known
         super().__init__(
-            num_codes, dim, learning="gradient", revive_below=0.0, transform=transform or nn.Identity(), **options
+            num_codes,
+            dim,
+            learning="gradient",
+            revive_below=0.0,
+            transform=placeholder if transform is None else transform,
+            **options,
         )
         size = self.codebook.shape[-1]
-        if transform is None:
+        if self.transform is placeholder:
             self.transform = nn.Linear(size, size, bias=False)
         stored = self.codebook.detach() * size**-0.5
         del self.codebook
