@@ -37,7 +37,9 @@ struct InputGradient {
       }
       // A product with 0 would turn an infinite gradient that is not passed on into NaN.
       if (p.of_grad != 0) sum += p.of_grad * load_first(grad_quantized + k, left);
-      if (p.of_x != 0) sum += p.of_x * load_first(x + k, left) + p.of_code * load_first(total.data + k, left);
+      if (p.of_x != 0 || p.of_code != 0) {
+        sum += p.of_x * load_first(x + k, left) + p.of_code * load_first(total.data + k, left);
+      }
       store_first(grad_x + k, sum, left);
     }
   }

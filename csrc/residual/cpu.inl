@@ -22,10 +22,9 @@ namespace {
 #include "codebook/passage.inl"
 #include "codebook/search.inl"
 #include "residual/path.inl"
-
-#include "residual/beam.inl"
-
+// after path
 #include "residual/backward.inl"
+#include "residual/beam.inl"
 
 }  // namespace
 
