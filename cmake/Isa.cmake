@@ -8,7 +8,7 @@ set(ISTHMUS_ISA_FLAGS_avx512
     -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
 # Only families that have such a file: the others share the table of avx512 (core/isa.h).
-set(ISTHMUS_ISA_FLAGS_avx512_bf16 ${ISTHMUS_ISA_FLAGS_avx512} -mavx512bf16)
+set(ISTHMUS_ISA_FLAGS_avx512_bf16 ${ISTHMUS_ISA_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
 set(ISTHMUS_ISA_FLAGS_amx ${ISTHMUS_ISA_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")

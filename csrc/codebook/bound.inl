@@ -44,8 +44,9 @@ struct RowBound {
   C slope = 0, length = 0, absolute = 0;
 
   RowBound() = default;
-  // square = |x|², lost = |δx|² of a coarse screen; center_length is of what was taken from the codes, but not from x.
-  RowBound(double square, double lost, bool coarse, int64_t dim, double center_length) {
+  // square = |x|², lost = |δx|² of a coarse screen; taken: the length of what the codes lost and x did not; unit: of
+  // x~.
+  RowBound(double square, double lost, bool coarse, int64_t dim, double taken, double unit) {
     if (!(square < tame_square<C>)) {
       absolute = static_cast<C>(__builtin_inf());
       return;
@@ -53,9 +54,9 @@ struct RowBound {
     const double count = roundings(dim), enlarged = (1 + count * rounding_unit<C>)*raise<C>;
     const double whole = __builtin_sqrt(square) * enlarged;
     const double part = coarse ? __builtin_sqrt(lost) * enlarged + least_length<C> : 0;
-    const double rescoring = 0x1p-53 * (square + whole * center_length);
+    const double rescoring = 0x1p-53 * (square + whole * taken);
     slope = static_cast<C>((part + count * rounding_unit<C> * whole) * raise<C>);
-    length = static_cast<C>((whole + part) * raise<C>);
+    length = static_cast<C>((whole + part > 32 * unit ? whole + part : 32 * unit) * raise<C>);
     absolute = static_cast<C>(count * (rescoring + flushed<C> * (1 + whole)) * raise<C>);
   }
 };
@@ -84,7 +85,7 @@ struct GroupBounds {
         ceilings(slabs * size),
         widest((slabs * size / 64 + 1) * 3) {}
 
-  void set(int64_t slab, const GroupNorms<C>& group) const {
+  void set(int64_t slab, const GroupNorms<C>& group, Vec<C> unit_loss) const {
     const C rounding = static_cast<C>(roundings(dim) * rounding_unit<C>);
     const C enlarged = (1 + 2 * rounding) * static_cast<C>(raise<C>), least = static_cast<C>(least_length<C>);
     const C underflow = static_cast<C>(roundings(dim) * flushed<C>);
@@ -93,7 +94,7 @@ struct GroupBounds {
     if (metric == Metric::euclidean) floor += rounding * norm * norm;
     floor *= static_cast<C>(raise<C>);
     store(norms.data + slab * size, norm);
-    store(losses.data + slab * size, coarse ? sqrt(group.lost) * enlarged + least : Vec<C>{});
+    store(losses.data + slab * size, coarse ? sqrt(group.lost) * enlarged + (least + unit_loss) : Vec<C>{});
     store(floors.data + slab * size, floor);
     store(ceilings.data + slab * size, group.wild ? Vec<C>{} + C(__builtin_inf()) : floor);
   }

@@ -3,17 +3,17 @@
 // Eight lanes of float64 at every level, the same operations in the same order, no product fused into a sum: the same
 // bits everywhere.
 
-// The numbers of a row in float64.
-template <class C>
-ISTHMUS_INLINE f64v load_double(const C* p) {
-  if constexpr (sizeof(C) == 8) {
-    return load(p);
-  } else {
-    typedef float Part __attribute__((vector_size(vector_bytes / 2)));
-    Part part;
-    std::memcpy(&part, p, sizeof part);
-    return __builtin_convertvector(part, f64v);
-  }
+// As many numbers as there are lanes of float64.
+ISTHMUS_INLINE f64v load_double(const double* p) { return load(p); }
+ISTHMUS_INLINE f64v load_double(const float* p) {
+#if defined(__AVX512F__)
+  return (f64v)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#else
+  typedef float Part __attribute__((vector_size(vector_bytes / 2)));
+  Part part;
+  std::memcpy(&part, p, sizeof part);
+  return __builtin_convertvector(part, f64v);
+#endif
 }
 
 template <class C>
@@ -150,10 +150,9 @@ struct CodeGroups {
 
   const C* group(int64_t g) const { return numbers.data + g * dim * group_codes; }
 
-  // As far ahead as the processor would not look by itself.
   ISTHMUS_INLINE void prefetch(int64_t g) const {
     const int64_t lines = dim * group_codes * static_cast<int64_t>(sizeof(C)) / 64;
-    for (int64_t i = 0; i < lines && i < 32; ++i) __builtin_prefetch(reinterpret_cast<const char*>(group(g)) + 64 * i);
+    for (int64_t i = 0; i < lines && i < 128; ++i) __builtin_prefetch(reinterpret_cast<const char*>(group(g)) + 64 * i);
   }
 
   void pack(int64_t g, const T* first) const {

@@ -5,12 +5,15 @@
 // of the [N, K] scores an eighth is stored, for the rows in cache.
 //
 // A register tile is 6 rows by 4 vectors at AVX-512: 24 multiply-adds for ten loads. It multiplies *words*: a number of
-// the compute type or, in a coarse screen, a pair of bfloat16.
+// the compute type or, in a coarse screen, four bytes or a pair of bfloat16.
 
 #if defined(__AVX512BF16__) || defined(ISTHMUS_TILES)
 constexpr bool has_coarse_words = true;
 #else
 constexpr bool has_coarse_words = false;
+#endif
+#if defined(__AVX512VNNI__) && !defined(ISTHMUS_TILES)
+#define ISTHMUS_QUADS 1
 #endif
 #if defined(ISTHMUS_TILES)
 constexpr int words_at_once = tile_side;
@@ -27,6 +30,8 @@ constexpr int tile_vectors = 2;  // of 16 registers
 
 #if defined(ISTHMUS_TILES)
 #include "codebook/screen_tiles.inl"
+#elif defined(ISTHMUS_QUADS)
+#include "codebook/screen_quads.inl"
 #endif
 
 // Rounded to bfloat16, in the upper half of the word; for finite numbers.
@@ -70,90 +75,106 @@ struct Panels {
   static constexpr int halves = group_codes / tile_vectors;
 
   const Metric metric;
-  const bool coarse;
+  const Center<C> center;
+  const bool coarse, quads;
   const int64_t codes, dim, slabs;
-  const int64_t depth;  // words
-  Buffer<C> columns;    // [slabs, halves, depth, tile_vectors, lanes] words
-  Buffer<C> offsets;    // [slabs, group_codes, lanes]: -|c|²/2; -inf where there is no code, or a wild one
+  const int64_t depth;   // words
+  Buffer<C> columns;     // [slabs, halves, depth, tile_vectors, lanes] words
+  Buffer<C> offsets;     // [slabs, group_codes, lanes]: -|c|²/2; -inf where there is no code, or a wild one
+  Buffer<C> units;       // [slabs, lanes], of quads: of the codes of a group
+  Buffer<int32_t> sums;  // [slabs, group_codes, lanes], of quads
   GroupBounds<C> bounds;
-  Buffer<C> center;  // [dim]: taken from all codes (of cosine, normalised), which changes no order
-  bool centered = false;
-  double center_length = 0;  // 0 if it is taken from the rows as well
+  double tame;       // longer codes are wild
+  C least_unit = 0;  // of rows, so that no offset overflows
 
   // lengths: of the codes; only cosine needs them.
   template <class T>
   Panels(Metric metric_, bool coarse_, const T* codebook, int64_t codes_, int64_t dim_, const double* lengths)
       : metric(metric_),
+        center(metric, codebook, codes_, dim_, lengths),
         coarse(coarse_),
+        quads(coarse && suits_quads(codes_)),
         codes(codes_),
         dim(dim_),
         slabs((codes + slab_codes<C> - 1) / slab_codes<C>),
-        depth(coarse ? (dim + 2 * words_at_once - 1) / (2 * words_at_once) * words_at_once : dim),
+        depth(words_of(dim)),
         columns(slabs * slab_codes<C> * depth),
         offsets(slabs * slab_codes<C>),
+        units(quads ? slabs * size : 0),
+        sums(quads ? slabs * slab_codes<C> : 0),
         bounds(metric, coarse, dim, slabs),
-        center(dim) {
-    find_center(codebook, lengths);
+        tame(quads ? 0x1p24 * center.mean_square : tame_square<C>) {
     parallel_for(slabs, grain_of(slab_codes<C> * dim), [&](int64_t begin, int64_t end) {
-      const Buffer<C> scratch((coarse ? 2 * depth : depth) * size);
+      const Buffer<C> scratch(group_codes * scratch_depth() * size);
       for (int64_t s = begin; s < end; ++s) {
         pack(s, codebook + s * slab_codes<C> * dim, lengths + s * slab_codes<C>, scratch.data);
       }
     });
     bounds.find_widest();
+    if (quads) find_least_unit();
   }
 
-  // The mean of some codes, if they are much shorter without it: then so is the bound. Euclidean distances do not
-  // change if the rows lose it too, and the other scores of a row all change by the same x · center.
-  template <class T>
-  void find_center(const T* codebook, const double* lengths) {
-    const int64_t step = (codes + 63) / 64, drawn = (codes + step - 1) / step;
-    double squares = 0, square = 0;
-    for (int64_t k = 0; k < dim; k += size) {
-      Vec<C> sum = {};
-      for (int64_t i = 0; i < codes; i += step) {
-        Vec<C> c = load_first(codebook + i * dim + k, dim - k);
-        if (metric == Metric::cosine) c *= static_cast<C>(lengths[i] > 0 ? 1 / lengths[i] : 0);
-        sum += c;
-        squares += sum_lanes<C>(c * c);
-      }
-      sum *= 1 / static_cast<C>(drawn);
-      store_first(center.data + k, sum, dim - k);
-      square += sum_lanes<C>(sum * sum);
+  // Bytes leave out more than pairs: they pay where there is much to multiply, and no component much longer than
+  // others.
+  bool suits_quads([[maybe_unused]] int64_t count) const {
+#if defined(ISTHMUS_QUADS)
+    const double mean_square = center.mean_square;
+    return sizeof(C) == 4 && center.dim >= least_quad_dim && center.dim <= most_quad_dim && count >= least_quad_codes &&
+           mean_square > 0x1p-60 && mean_square < 0x1p60 &&
+           center.largest * center.largest * static_cast<double>(center.dim) < 64 * mean_square;
+#else
+    return false;
+#endif
+  }
+
+  int64_t words_of(int64_t numbers) const {
+    if (quads) return (numbers + 3) / 4;
+    if (coarse) return (numbers + 2 * words_at_once - 1) / (2 * words_at_once) * words_at_once;
+    return numbers;
+  }
+
+  // Pairs are read up to whole words.
+  int64_t scratch_depth() const { return coarse && !quads ? 2 * depth : dim; }
+
+  void find_least_unit() {
+    for (int64_t i = 0; i < slabs * slab_codes<C>; ++i) {
+      const C offset = -offsets.data[i],
+              need = offset / units.data[i / slab_codes<C> * size + i % size] * static_cast<C>(0x1p-29);
+      if (offset < static_cast<C>(__builtin_inf()) && need > least_unit) least_unit = need;
     }
-    centered = square > squares / static_cast<double>(drawn) / 4 && square < tame_square<C>;
-    center_length = centered && metric != Metric::euclidean ? __builtin_sqrt(square) * (1 + 0x1p-10) : 0;
-  }
-
-  bool moves_rows() const { return centered && metric == Metric::euclidean; }
-
-  void move(const C* x, C* moved) const {
-    for (int64_t k = 0; k < dim; k += size) {
-      store_first(moved + k, load_first(x + k, dim - k) - load_first(center.data + k, dim - k), dim - k);
-    }
   }
 
   template <class T>
-  void pack(int64_t slab, const T* first, const double* lengths, C* column) const {
+  void pack(int64_t slab, const T* first, const double* lengths, C* scratch) const {
     const int64_t left = codes - slab * slab_codes<C>;
-    GroupNorms<C> norms;
+    Vec<C> square[group_codes];
+    Mask<C> wild[group_codes];
+    Vec<C> top = {};
     for (int v = 0; v < group_codes; ++v) {
       const int64_t found = (left - v + group_codes - 1) / group_codes;
       const int64_t count = found < 0 ? 0 : found < size ? found : size;
+      C* column = scratch + v * scratch_depth() * size;
       pack_rows<size>(first + v * dim, group_codes * dim, count, dim, column);
-      for (int64_t k = dim; coarse && k < 2 * depth; ++k) store(column + k * size, Vec<C>{});
+      for (int64_t k = dim; k < scratch_depth(); ++k) store(column + k * size, Vec<C>{});
       if (metric == Metric::cosine) normalize(column, count, lengths + v);
-      if (metric != Metric::cosine && centered) shift(column);
-      const Vec<C> square = squares(column);
-      const Mask<C> present = first_lanes<C>(count), wild = present & ~(square < static_cast<C>(tame_square<C>));
-      const Mask<C> screened = present & ~wild;
-      if (count < size || any(wild)) keep(column, screened);
-      const Vec<C> start = metric == Metric::euclidean ? C(-0.5) * square : Vec<C>{};
+      if (metric != Metric::cosine && center.helps) shift(column);
+      square[v] = squares(column);
+      const Mask<C> present = first_lanes<C>(count);
+      wild[v] = present & ~(square[v] < static_cast<C>(tame));
+      const Mask<C> screened = present & ~wild[v];
+      if (count < size || any(wild[v])) keep(column, screened);
+      const Vec<C> start = metric == Metric::euclidean ? C(-0.5) * square[v] : Vec<C>{};
       store(offsets.data + slab * slab_codes<C> + v * size, screened ? start : Vec<C>{} - C(__builtin_inf()));
-      C* words = columns.data + ((slab * halves + v / tile_vectors) * depth * tile_vectors + v % tile_vectors) * size;
-      norms.meet(screened ? square : Vec<C>{}, write_words(column, words), wild);
+      square[v] = screened ? square[v] : Vec<C>{};
+      for (int64_t k = 0; quads && k < dim; ++k) top = greater(abs(load(column + k * size)), top);
     }
-    bounds.set(slab, norms);
+    if (quads) store(units.data + slab * size, greater(top * (1 / C(127)), Vec<C>{} + static_cast<C>(least_length<C>)));
+    GroupNorms<C> norms;
+    for (int v = 0; v < group_codes; ++v) {
+      C* words = columns.data + ((slab * halves + v / tile_vectors) * depth * tile_vectors + v % tile_vectors) * size;
+      norms.meet(square[v], write_column(slab, v, scratch + v * scratch_depth() * size, words), wild[v]);
+    }
+    bounds.set(slab, norms, quads ? load(units.data + slab * size) * (1 / C(64)) : Vec<C>{});
   }
 
   Vec<C> squares(const C* column) const {
@@ -170,7 +191,7 @@ struct Panels {
   void normalize(C* column, int64_t count, const double* lengths) const {
     for (int64_t k = 0; k < dim; ++k) {
       C* c = column + k * size;
-      const double off = centered ? static_cast<double>(center.data[k]) : 0;
+      const double off = static_cast<double>(center.mean.data[k]);
       for (int l = 0; l < count; ++l) {
         const double length = lengths[group_codes * l];
         c[l] = static_cast<C>(static_cast<double>(c[l]) / (length == 0 ? 1 : length) - off);
@@ -179,7 +200,7 @@ struct Panels {
   }
 
   void shift(C* column) const {
-    for (int64_t k = 0; k < dim; ++k) store(column + k * size, load(column + k * size) - center.data[k]);
+    for (int64_t k = 0; k < dim; ++k) store(column + k * size, load(column + k * size) - center.mean.data[k]);
   }
 
   void keep(C* column, Mask<C> screened) const {
@@ -187,7 +208,19 @@ struct Panels {
   }
 
   // Returns the squared lengths of what the words leave out.
-  Vec<C> write_words(const C* column, C* words) const {
+  Vec<C> write_column([[maybe_unused]] int64_t slab, [[maybe_unused]] int v, const C* column, C* words) const {
+#if defined(ISTHMUS_QUADS)
+    if constexpr (sizeof(C) == 4) {
+      if (quads) {
+        return write_quads(column, dim, load(units.data + slab * size), words, tile_vectors * size,
+                           sums.data + slab * slab_codes<C> + v * size);
+      }
+    }
+#endif
+    return write_pairs(column, words);
+  }
+
+  Vec<C> write_pairs(const C* column, C* words) const {
     Vec<C> lost = {};
     for (int64_t j = 0; j < depth; ++j, words += tile_vectors * size) {
       if constexpr (has_coarse_words && sizeof(C) == 4) {
@@ -205,8 +238,40 @@ struct Panels {
     return lost;
   }
 
-  // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows of words.
-  void meet(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
+  // The unit of a tile of rows whose largest component this is.
+  C unit_of(C largest) const {
+    const C unit = largest / 127, least = static_cast<C>(least_length<C>);
+    const C wanted = unit > least_unit ? unit : least_unit;
+    return wanted > least ? wanted : least;
+  }
+
+  // A row as words; returns the squared length of what they leave out.
+  double write_row(const C* x, [[maybe_unused]] C unit, C* words) const {
+#if defined(ISTHMUS_QUADS)
+    if constexpr (sizeof(C) == 4) {
+      if (quads) return write_bytes(x, dim, unit, words);
+    }
+#endif
+    if constexpr (sizeof(C) == 4) return write_words(x, dim, words);
+    return 0;
+  }
+
+  // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows of words. row_units: of tiles.
+  void meet(int64_t slab, const C* rows, int64_t stride, int64_t count, [[maybe_unused]] const C* row_units, C* maxima,
+            int64_t step) const {
+#if defined(ISTHMUS_QUADS)
+    if constexpr (sizeof(C) == 4) {
+      if (quads) {
+        return for_each_tile(count, [&]<int Rows, int Half>(int64_t row) {
+          const int64_t half = slab * halves + Half;
+          meet_quads<Rows, Half == 0>(columns.data + half * depth * tile_vectors * size,
+                                      offsets.data + half * tile_vectors * size, sums.data + half * tile_vectors * size,
+                                      depth, units.data + slab * size, row_units[row / tile_height],
+                                      rows + row * stride, stride, maxima + row * step, step);
+        });
+      }
+    }
+#endif
     if constexpr (has_coarse_words && sizeof(C) == 4) {
       if (coarse) return meet_coarse(slab, rows, stride, count, maxima, step);
     }
@@ -224,19 +289,19 @@ struct Panels {
 
   template <bool Coarse>
   void meet_rows(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
-    for (int half = 0; half < halves; ++half) {
-      int64_t row = 0;
-      const auto advance = [&]<int Rows>() {
-        for (; row + Rows <= count; row += Rows) {
-          const auto tile =
-              half == 0 ? &Panels::meet_tile<Coarse, Rows, true> : &Panels::meet_tile<Coarse, Rows, false>;
-          (this->*tile)(slab * halves + half, rows + row * stride, stride, maxima + row * step, step);
-        }
-      };
-      advance.template operator()<tile_height>();
-      advance.template operator()<tile_height / 2>();
-      advance.template operator()<1>();
-    }
+    for_each_tile(count, [&]<int Rows, int Half>(int64_t row) {
+      meet_tile<Coarse, Rows, Half == 0>(slab * halves + Half, rows + row * stride, stride, maxima + row * step, step);
+    });
+  }
+
+  // All rows meet one part of the slab, which then is in L1, before the next.
+  template <int Half = 0, class F>
+  static void for_each_tile(int64_t count, const F& f) {
+    int64_t row = 0;
+    for (; row + tile_height <= count; row += tile_height) f.template operator()<tile_height, Half>(row);
+    for (; row + tile_height / 2 <= count; row += tile_height / 2) f.template operator()<tile_height / 2, Half>(row);
+    for (; row < count; ++row) f.template operator()<1, Half>(row);
+    if constexpr (Half + 1 < halves) for_each_tile<Half + 1>(count, f);
   }
 
   template <bool Coarse, int Rows, bool First>

@@ -8,11 +8,12 @@
 //
 // The answer is the exact one, so it does not depend on how rows and codes are cut, nor on the level.
 //
-// Arithmetic: 2·N·K·D operations at the rate of the FMA ports or, coarse, at twice that; a few comparisons for every
-// eight scores; 8·D float64 operations a survivor. Traffic: the packed codebook streams past each block of rows, which
-// waits in cache.
+// Arithmetic: 2·N·K·D operations at the rate of the FMA ports, at twice that as bfloat16 and at four times as bytes; a
+// few comparisons for every eight scores; 8·D float64 operations a survivor. Traffic: the packed codebook streams past
+// each block of rows, which waits in cache.
 
 #include "codebook/bound.inl"
+#include "codebook/center.inl"
 #include "codebook/rescore.inl"
 // after rescore: groups of the same size
 #include "codebook/screen.inl"
@@ -55,30 +56,31 @@ struct BlockSearch {
 
   struct Survivor {
     int64_t row, group;
-    C upper;  // of the scores of its codes
+    C score;  // the largest of its codes, as screened
   };
 
   const CodeGroups<T>& groups;
   const Panels<C>& panels;
   const int64_t best;
   const int64_t slabs_at_once = panels.slabs < max_slabs ? panels.slabs : max_slabs;
-  const int64_t word_stride = panels.coarse ? (panels.dim + 2 * size - 1) / (2 * size) * size : panels.dim;
-  const bool copies = panels.coarse || panels.moves_rows();
+  const bool moves = panels.center.moves_rows(), copies = panels.coarse || moves;
+  const int64_t word_stride = panels.words_of((panels.dim + 4 * size - 1) / (4 * size) * (4 * size));
   Buffer<C> words;         // [max_rows, word_stride]: the rows as the screen takes them, where it does not as they are
-  Buffer<C> shifted;       // one row
+  Buffer<C> moved;         // a tile of rows
   Buffer<C> maxima;        // [max_rows, slabs_at_once, lanes]
   Buffer<C> bars;          // [max_rows, best]: the best codes of a row are at least as good, greatest first
   Buffer<Survivor> queue;  // of one screen
   Buffer<double> row;      // one row in float64
   Buffer<double> scratch;  // scores, for a caller that does not want them
   RowBound<C> bounds[max_rows];
+  C units[max_rows / tile_height];  // of tiles
 
   BlockSearch(const PackedCodes<T>& codes, int64_t best_)
       : groups(codes.groups),
         panels(codes.panels),
         best(best_),
         words(copies ? max_rows * word_stride : 0),
-        shifted(panels.dim),
+        moved(moves ? tile_height * panels.dim : 0),
         maxima(max_rows * slabs_at_once * size),
         bars(max_rows * best),
         queue(max_rows * slabs_at_once * size),
@@ -97,12 +99,16 @@ struct BlockSearch {
 #if defined(ISTHMUS_TILES)
     const TileSession session;
 #endif
-    for (int64_t r = 0; r < count; ++r) prepare(r, rows + r * stride, {scores + r * best, indices + r * best, best});
+    for (int64_t r = 0; r < count; r += tile_height) {
+      prepare_tile(r, count - r < tile_height ? count - r : tile_height, rows, stride);
+    }
+    for (int64_t r = 0; r < count; ++r) BestCodes{scores + r * best, indices + r * best, best}.clear();
+    for (int64_t i = 0; i < count * best; ++i) bars.data[i] = -static_cast<C>(__builtin_inf());
     for (int64_t slab = begin; slab < end; slab += slabs_at_once) {
       const int64_t slabs = end - slab < slabs_at_once ? end - slab : slabs_at_once;
       for (int64_t s = 0; s < slabs; ++s) {
-        panels.meet(slab + s, copies ? words.data : rows, copies ? word_stride : stride, count, maxima.data + s * size,
-                    slabs_at_once * size);
+        panels.meet(slab + s, copies ? words.data : rows, copies ? word_stride : stride, count, units,
+                    maxima.data + s * size, slabs_at_once * size);
       }
       int64_t found = 0;
       for (int64_t r = 0; r < count; ++r) found = find_survivors(r, slab, slabs, found);
@@ -110,20 +116,29 @@ struct BlockSearch {
     }
   }
 
-  void prepare(int64_t r, const C* x, const BestCodes& found) {
-    double lost = 0;
-    C* copy = words.data + r * word_stride;
-    if (panels.moves_rows()) {
-      C* moved = panels.coarse ? shifted.data : copy;
-      panels.move(x, moved);
-      x = moved;
+  // The rows of a tile share the unit of their words.
+  void prepare_tile(int64_t first, int64_t count, const C* rows, int64_t stride) {
+    double squares[tile_height];
+    C largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const C* x = rows + (first + i) * stride;
+      if (moves) panels.center.move(x, moved.data + i * panels.dim);
+      if (moves) x = moved.data + i * panels.dim;
+      squares[i] = squared_length(x, panels.dim);
+      if (panels.quads && squares[i] < tame_square<C>) {
+        const C longest = largest_component(x, panels.dim);
+        largest = longest > largest ? longest : largest;
+      }
     }
-    if constexpr (sizeof(C) == 4) {
-      if (panels.coarse) lost = write_words(x, panels.dim, copy);
+    const C unit = units[first / tile_height] = panels.quads ? panels.unit_of(largest) : 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const C* x = moves ? moved.data + i * panels.dim : rows + (first + i) * stride;
+      C* copy = words.data + (first + i) * word_stride;
+      const double lost = panels.coarse ? panels.write_row(x, unit, copy) : 0;
+      if (!panels.coarse && moves) std::memcpy(copy, x, static_cast<size_t>(panels.dim) * sizeof(C));
+      bounds[first + i] =
+          RowBound<C>(squares[i], lost, panels.coarse, panels.dim, panels.center.taken, static_cast<double>(unit));
     }
-    bounds[r] = RowBound<C>(squared_length(x, panels.dim), lost, panels.coarse, panels.dim, panels.center_length);
-    found.clear();
-    for (int64_t i = 0; i < best; ++i) bars.data[r * best + i] = -static_cast<C>(__builtin_inf());
   }
 
   ISTHMUS_INLINE Vec<C> maximum(int64_t r, int64_t s) const {
@@ -133,7 +148,7 @@ struct BlockSearch {
   // Appends to the queue. First, one comparison for each vector of maxima with the widest bound of 64 groups; then what
   // is left, with the bound of its own group. Written so that whatever is not a number survives.
   int64_t find_survivors(int64_t r, int64_t slab, int64_t slabs, int64_t queued) {
-    C* bar = bars.data + r * best;
+    const C* bar = bars.data + r * best;
     C spans[max_slabs / slabs_per_span];
     for (int64_t s = 0; s < slabs; s += slabs_per_span) {
       spans[s / slabs_per_span] = panels.bounds.of_span(bounds[r], (slab + s) / slabs_per_span);
@@ -142,26 +157,34 @@ struct BlockSearch {
     int64_t end = queued;
     for (int64_t s = 0; s < slabs; s += slabs_per_span) {
       const C low = start - spans[s / slabs_per_span];
-      uint64_t bits = 0;
+      uint64_t dropped = 0;
       for (int64_t i = s; i < s + slabs_per_span && i < slabs; ++i) {
-        bits |= static_cast<uint64_t>(lane_bits(~(maximum(r, i) < low))) << ((i - s) * size);
+        dropped |= static_cast<uint64_t>(lane_bits(maximum(r, i) < low)) << ((i - s) * size);
       }
       const int64_t left = groups.groups - (slab + s) * size;  // fewer than lanes in the last slab
-      if (left < 64) bits &= (uint64_t{1} << left) - 1;
-      for (; bits != 0; bits &= bits - 1) {
-        const int64_t place = s * size + __builtin_ctzll(bits), group = slab * size + place;
-        const C score = maxima.data[r * slabs_at_once * size + place];
-        // The group has one code, at least, that is as good as the lower bound.
-        insert(bar, score - panels.bounds.lower(bounds[r], group));
-        queue.data[end++] = {r, group, score + panels.bounds.upper(bounds[r], group)};
+      const uint64_t present = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+      for (uint64_t bits = present & ~dropped; bits != 0; bits &= bits - 1) {
+        const int64_t place = s * size + __builtin_ctzll(bits);
+        queue.data[end++] = {r, slab * size + place, maxima.data[r * slabs_at_once * size + place]};
       }
     }
-    for (int64_t i = queued; i < end; ++i) {
-      if (queue.data[i].upper < bar[best - 1]) continue;
-      groups.prefetch(queue.data[i].group);
-      queue.data[queued++] = queue.data[i];
+    return slabs == panels.slabs && end - queued <= best ? end : refine(r, queued, end);
+  }
+
+  // Of the queue from `begin`, keeps what survives with the bounds of its own groups.
+  int64_t refine(int64_t r, int64_t begin, int64_t end) {
+    C* bar = bars.data + r * best;
+    for (int64_t i = begin; i < end; ++i) {
+      // The group has one code, at least, that is as good as its lower bound.
+      insert(bar, queue.data[i].score - panels.bounds.lower(bounds[r], queue.data[i].group));
     }
-    return queued;
+    int64_t kept = begin;
+    for (int64_t i = begin; i < end; ++i) {
+      if (queue.data[i].score + panels.bounds.upper(bounds[r], queue.data[i].group) < bar[best - 1]) continue;
+      if (kept < i) queue.data[kept] = queue.data[i];
+      ++kept;
+    }
+    return kept;
   }
 
   // A lower bound of the best-th best code.
@@ -182,6 +205,7 @@ struct BlockSearch {
   void rescore(int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {
     int64_t copied = -1;
     for (int64_t i = 0; i < found; ++i) {
+      if (i + 2 < found) groups.prefetch(queue.data[i + 2].group);
       const int64_t r = queue.data[i].row;
       if (r != copied) copy_double(rows + r * stride, panels.dim, row.data);
       copied = r;

@@ -1,0 +1,65 @@
+// Included by search.inl: what is taken from all codes before they are screened, and how they spread around it.
+
+template <class C>
+inline C largest_component(const C* x, int64_t dim) {
+  Vec<C> top = {};
+  for (int64_t k = 0; k < dim; k += lanes<C>) top = greater(abs(load_first(x + k, dim - k)), top);
+  return largest_lane<C>(top);
+}
+
+// The mean of some codes (of cosine, normalised), if they are much shorter without it: then so is the bound. Euclidean
+// distances do not change if the rows lose it too, and the other scores of a row all change by the same x · mean.
+template <class C>
+struct Center {
+  static constexpr int64_t draws = 64;
+
+  const Metric metric;
+  const int64_t dim;
+  Buffer<C> mean;  // [dim]; zeros where it would not help
+  bool helps = false;
+  double mean_square = 0;  // of what is left of a code, roughly
+  double largest = 0;      // component of it
+  double taken = 0;        // length of what the codes lose and the rows do not
+
+  // lengths: of the codes; only cosine needs them.
+  template <class T>
+  Center(Metric metric_, const T* codebook, int64_t codes, int64_t dim_, const double* lengths)
+      : metric(metric_), dim(dim_), mean(dim) {
+    const int64_t step = (codes + draws - 1) / draws, drawn = (codes + step - 1) / step;
+    const auto load_code = [&](int64_t i, int64_t k) {
+      const Vec<C> c = load_first(codebook + i * dim + k, dim - k);
+      return metric == Metric::cosine ? c * static_cast<C>(lengths[i] > 0 ? 1 / lengths[i] : 0) : c;
+    };
+    double all = 0, common = 0;
+    for (int64_t k = 0; k < dim; k += lanes<C>) {
+      Vec<C> sum = {}, squares = {};
+      for (int64_t i = 0; i < codes; i += step) {
+        sum += load_code(i, k);
+        squares += load_code(i, k) * load_code(i, k);
+      }
+      sum *= 1 / static_cast<C>(drawn);
+      store_first(mean.data + k, sum, dim - k);
+      common += static_cast<double>(sum_lanes<C>(sum * sum));
+      all += static_cast<double>(sum_lanes<C>(squares)) / static_cast<double>(drawn);
+    }
+    helps = common > all / 4 && common < tame_square<C>;
+    if (helps && metric != Metric::euclidean) taken = __builtin_sqrt(common) * (1 + 0x1p-10);
+    Vec<C> top = {};
+    for (int64_t k = 0; k < dim; k += lanes<C>) {
+      if (!helps) store_first(mean.data + k, Vec<C>{}, dim - k);
+      for (int64_t i = 0; i < codes; i += step) {
+        top = greater(abs(load_code(i, k) - load_first(mean.data + k, dim - k)), top);
+      }
+    }
+    mean_square = helps ? all - common : all;
+    largest = static_cast<double>(largest_lane<C>(top));
+  }
+
+  bool moves_rows() const { return helps && metric == Metric::euclidean; }
+
+  void move(const C* x, C* moved) const {
+    for (int64_t k = 0; k < dim; k += lanes<C>) {
+      store_first(moved + k, load_first(x + k, dim - k) - load_first(mean.data + k, dim - k), dim - k);
+    }
+  }
+};
