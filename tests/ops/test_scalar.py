@@ -201,7 +201,7 @@ def test_code_counts_in_blocks(monkeypatch):
     x, mask = torch.randn(130, 8, dtype=torch.float64, requires_grad=True), torch.rand(130) < 0.8
     weights = torch.randn(256, dtype=torch.float64)
     whole = ops.lfq_code_counts(x, mask=mask)
-    monkeypatch.setattr("isthmus.ops.scalar._ROWS_AT_ONCE", 32)
+    monkeypatch.setattr("isthmus.ops._code_entropy._ROWS_AT_ONCE", 32)
     blocks = ops.lfq_code_counts(x, mask=mask)
     torch.testing.assert_close(blocks, whole)
     torch.testing.assert_close(*(torch.autograd.grad(c @ weights, x)[0] for c in (blocks, whole)))

@@ -1,5 +1,6 @@
 """The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
 
+from isthmus.ops._code_entropy import bit_entropy, code_entropy, lfq_code_counts
 from isthmus.ops.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
@@ -16,13 +17,10 @@ from isthmus.ops.pairwise import aggregate_log_prob, component_log_prob, mixture
 from isthmus.ops.residual import residual_code_totals, residual_vq_quantize
 from isthmus.ops.scalar import (
     binary_map,
-    bit_entropy,
-    code_entropy,
     fsq_decode,
     fsq_quantize,
     latent_decode,
     latent_quantize,
-    lfq_code_counts,
     lfq_decode,
     lfq_quantize,
     lfq_quantize_entropy,

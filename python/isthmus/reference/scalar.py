@@ -233,13 +233,14 @@ def lfq_quantize_entropy(
         (tensor([1.3863, 1.3863, 1.3863, 1.3863]), tensor([2., 2.]))
     """
     quantized, indices, error = lfq_quantize(x, scale=scale, spherical=spherical, mask=mask)
-    a = _bit_logits(x, scale, spherical, inverse_temperature)
+    a = bit_logits(x, scale, spherical, inverse_temperature)
     kept = a.shape[-1 if num_codebooks is None else -2 :]
     counts = _keep(mask, a.sigmoid()).reshape(-1, *kept).sum(0)
     return quantized, indices, error, _keep(mask, _bernoulli_entropy(a)), counts
 
 
-def _bit_logits(x: Tensor, scale: float, spherical: bool, inverse_temperature: float) -> Tensor:
+def bit_logits(x: Tensor, scale: float, spherical: bool, inverse_temperature: float) -> Tensor:
+    """The a of ``lfq_quantize_entropy``: bits are Bernoulli(σ(a))."""
     wide = widen(x)
     u = _on_sphere(wide, scale) if spherical else wide
     return 4 * inverse_temperature * _bit_value(x.shape[-1], scale, spherical) * u
@@ -265,7 +266,7 @@ def lfq_code_counts(
         >>> lfq_code_counts(torch.zeros(6, 1))
         tensor([3., 3.])
     """
-    a = _bit_logits(x, scale, spherical, inverse_temperature).unsqueeze(-2)
+    a = bit_logits(x, scale, spherical, inverse_temperature).unsqueeze(-2)
     bits = _unpack_bits(torch.arange(2 ** x.shape[-1], device=x.device), x.shape[-1])
     probabilities = torch.where(bits == 1, a.sigmoid(), (-a).sigmoid()).prod(-1)
     return _keep(mask, probabilities).reshape(-1, probabilities.shape[-1]).sum(0)
