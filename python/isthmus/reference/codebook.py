@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from isthmus.reference._numeric import widen
 
@@ -100,7 +101,7 @@ def vq_quantize(
 
     Raises:
         ValueError: another ``metric`` or ``gradient``, or both ``mask`` and ``indices``.
-        IndexError: a given index is K or more.
+        IndexError: a given index is out of range.
 
     Example:
         >>> quantized, indices, error = vq_quantize(torch.tensor([[0.75]]), torch.tensor([[1.0]]))
@@ -189,15 +190,13 @@ def code_totals(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         [K (1 + D)].
 
     Raises:
-        IndexError: an index is K or more.
+        IndexError: an index is out of range.
     """
     rows = widen(x.detach()).reshape(indices.numel(), x.shape[-1])
-    index = torch.where(indices < 0, num_codes, indices).flatten()
-    if (indices >= num_codes).any():
-        raise IndexError(f"indices holds {indices.max()}; expected less than {num_codes}, the number of codes")
-    counts = rows.new_zeros(num_codes + 1).index_add(0, index, rows.new_ones(len(index)))
-    sums = rows.new_zeros(num_codes + 1, x.shape[-1]).index_add(0, index, rows)
-    return torch.cat([counts[:num_codes], sums[:num_codes].flatten()])
+    place = 1 + indices.flatten()  # the first place is for what has no code
+    counts = rows.new_zeros(1 + num_codes).index_add(0, place, rows.new_ones(len(place)))
+    sums = rows.new_zeros(1 + num_codes, x.shape[-1]).index_add(0, place, rows)
+    return torch.cat([counts[1:], sums[1:].flatten()])
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -297,10 +296,11 @@ def _scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 def _gather(codebook: Tensor, indices: Tensor) -> Tensor:
     """The code of each index; that of index -1 is any."""
+    indices = indices.masked_fill(indices == -1, 0)
     if codebook.dim() == 2:
-        return codebook[indices.clamp(min=0)]
+        return embedding(indices, codebook)
     head = torch.arange(len(codebook), device=codebook.device).reshape(-1, *[1] * (indices.dim() - 1))
-    return codebook[head, indices.clamp(min=0)]
+    return codebook[head, indices]
 
 
 def _carrier(x: Tensor) -> Tensor:
