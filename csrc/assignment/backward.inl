@@ -72,7 +72,6 @@ struct CodeGradients {
 template <class T>
 struct Gradients {
   using C = Compute<T>;
-  static constexpr int64_t width = panel_width<C>, max_panels = RowPanels<C>::max_panels;
 
   const Assignment& args;
   const Codes<T>& codes;
@@ -136,7 +135,7 @@ struct Gradients {
 template <class T>
 struct BlockGradients {
   using C = Compute<T>;
-  static constexpr int64_t width = panel_width<C>, max_panels = RowPanels<C>::max_panels;
+  static constexpr int64_t width = panel_width<C>;
 
   const Gradients<T>& all;
   const RowBlock<T>& block;
