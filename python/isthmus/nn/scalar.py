@@ -238,7 +238,10 @@ class LFQ(ScalarQuantizer):
         self.soft_clamp_input_value = soft_clamp_input_value
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, inv_temperature: float = 100.0) -> LFQOutput:
-        """Quantize ``x``. The soft assignment is softmax(-inv_temperature · |u - code|²)."""
+        """Quantize ``x``. The soft assignment is softmax(-inv_temperature · |u - code|²).
+
+        ``torch.compile`` takes the number as a constant: anneal it in a few steps, not in every iteration.
+        """
         rows, kept = self._codes_of(x, mask)
         if self.soft_clamp_input_value is not None:
             rows = (rows / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
