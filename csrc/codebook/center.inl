@@ -7,6 +7,28 @@ inline C largest_component(const C* x, int64_t dim) {
   return largest_lane<C>(top);
 }
 
+// A component whose square is this often the mean leaves too little of a byte for the others.
+constexpr double uneven = 25;
+
+// Whether most of some rows have no component much longer than their others.
+template <class T>
+inline bool mostly_even(const T* x, int64_t rows, int64_t stride, int64_t dim) {
+  using C = Compute<T>;
+  const int64_t step = (rows + 63) / 64;
+  int64_t drawn = 0, found = 0;
+  for (int64_t r = 0; r < rows; r += step, ++drawn) {
+    Vec<C> top = {}, squares = {};
+    for (int64_t k = 0; k < dim; k += lanes<C>) {
+      const Vec<C> part = load_first(x + r * stride + k, dim - k);
+      top = greater(part * part, top);
+      squares += part * part;
+    }
+    const double mean = static_cast<double>(sum_lanes<C>(squares)) / static_cast<double>(dim);
+    found += static_cast<double>(largest_lane<C>(top)) > uneven * mean;
+  }
+  return 8 * found <= drawn;
+}
+
 // The mean of some codes (of cosine, normalised), if they are much shorter without it: then so is the bound. Euclidean
 // distances do not change if the rows lose it too, and the other scores of a row all change by the same x · mean.
 template <class C>

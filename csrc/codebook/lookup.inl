@@ -10,15 +10,16 @@ struct Lookup {
 
   const CodeSearch& args;
   const int64_t head;
-  const PackedCodes<T> codes;
   const T* x = static_cast<const T*>(args.x) + head * args.head_stride;
+  const PackedCodes<T> codes;
   const bool* mask = args.mask == nullptr ? nullptr : args.mask + head * args.rows;
   int64_t* indices = args.indices + head * args.rows * args.best;
 
   Lookup(const CodeSearch& args_, int64_t head_)
       : args(args_),
         head(head_),
-        codes(args.metric, static_cast<const T*>(args.codebook) + head * args.codes * args.dim, args.codes, args.dim) {}
+        codes(args.metric, static_cast<const T*>(args.codebook) + head * args.codes * args.dim, args.codes, args.dim,
+              mostly_even(x, args.rows, args.row_stride, args.dim)) {}
 
   void run() const {
     // Large blocks spare the codebook's passage through the cache, but every thread needs some.

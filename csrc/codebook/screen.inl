@@ -89,11 +89,12 @@ struct Panels {
 
   // lengths: of the codes; only cosine needs them.
   template <class T>
-  Panels(Metric metric_, bool coarse_, const T* codebook, int64_t codes_, int64_t dim_, const double* lengths)
+  Panels(Metric metric_, bool coarse_, bool even_rows, const T* codebook, int64_t codes_, int64_t dim_,
+         const double* lengths)
       : metric(metric_),
         center(metric, codebook, codes_, dim_, lengths),
         coarse(coarse_),
-        quads(coarse && suits_quads(codes_)),
+        quads(coarse && even_rows && suits_quads(codes_)),
         codes(codes_),
         dim(dim_),
         slabs((codes + slab_codes<C> - 1) / slab_codes<C>),
@@ -121,7 +122,7 @@ struct Panels {
     const double mean_square = center.mean_square;
     return sizeof(C) == 4 && center.dim >= least_quad_dim && center.dim <= most_quad_dim && count >= least_quad_codes &&
            mean_square > 0x1p-60 && mean_square < 0x1p60 &&
-           center.largest * center.largest * static_cast<double>(center.dim) < 64 * mean_square;
+           center.largest * center.largest * static_cast<double>(center.dim) < uneven * mean_square;
 #else
     return false;
 #endif

@@ -27,9 +27,10 @@ struct PackedCodes {
   const CodeGroups<T> groups;
   const Panels<C> panels;
 
-  PackedCodes(Metric metric, const T* codebook, int64_t codes, int64_t dim)
+  // even_rows: what mostly_even() says of the rows to come; where it errs, the search takes longer.
+  PackedCodes(Metric metric, const T* codebook, int64_t codes, int64_t dim, bool even_rows = true)
       : groups(metric, codebook, codes, dim),
-        panels(metric, has_coarse_words && sizeof(C) == 4 && dim >= least_coarse_dim, codebook, codes, dim,
+        panels(metric, has_coarse_words && sizeof(C) == 4 && dim >= least_coarse_dim, even_rows, codebook, codes, dim,
                groups.lengths.data) {}
 };
 
