@@ -19,6 +19,7 @@ void register_codebook(StableLibrary&);
 void register_residual(StableLibrary&);
 void register_assignment(StableLibrary&);
 void register_scalar(StableLibrary&);
+void register_topk(StableLibrary&);
 void register_sparse(StableLibrary&);
 void register_bayes(StableLibrary&);
 
@@ -109,8 +110,10 @@ void define_schemas(StableLibrary& m) {
   m.def("unpack_bits(Tensor packed, int bits, SymInt length) -> Tensor");
   m.def("narrow_indices(Tensor indices, int num_codes) -> Tensor");
 
-  // sparse
+  // topk
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
+
+  // sparse
   m.def("topk_encode_backward(Tensor grad, Tensor x, Tensor weight, Tensor values, Tensor indices, str activation) -> (Tensor, Tensor, Tensor)");
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
   m.def("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor weight) -> (Tensor, Tensor, Tensor)");
@@ -132,6 +135,7 @@ void register_kernels(StableLibrary& m) {
   register_residual(m);
   register_assignment(m);
   register_scalar(m);
+  register_topk(m);
   register_sparse(m);
   register_bayes(m);
 }

@@ -744,6 +744,7 @@ def test_indices_out_of_range_are_refused():
         "assignment",
         "residual",
         "scalar",
+        "topk",
         "sparse",
         "bayes",
     ],

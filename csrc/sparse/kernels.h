@@ -1,27 +1,13 @@
-// Top-k sparse codes: the kernels, free of torch. All pointers are to contiguous memory.
+// Sparse codes: decoding and gradients, kernels free of torch. All pointers are to contiguous memory.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
 #include "core/isa.h"
+#include "topk/kernels.h"
 
 namespace isthmus {
-
-enum class Activation : int { identity, relu };
-
-// The k largest of activation(x · weightᵀ + bias) in each row, largest first, ties by lowest index.
-struct TopkEncode {
-  DType dtype;
-  Activation activation;
-  int64_t rows, cols, features, k;  // 1 <= k <= features < 2^31
-  const void* x;                    // [rows, cols]
-  const void* weight;               // [features, cols]
-  const void* bias;                 // [features], or null
-  void* values;                     // [rows, k]
-  int64_t* indices;                 // [rows, k]
-  void* workspace;                  // CUDA: sparse_workspace() bytes
-};
 
 struct TopkEncodeBackward {
   DType dtype;
@@ -63,7 +49,6 @@ struct SparseDecodeBackward {
 };
 
 struct SparseKernels {
-  void (*encode)(const TopkEncode&);
   void (*encode_backward)(const TopkEncodeBackward&);
   void (*decode)(const SparseDecode&);
   void (*decode_backward)(const SparseDecodeBackward&);
@@ -74,10 +59,8 @@ ISTHMUS_DECLARE_KERNELS(SparseKernels, sparse)
 // CUDA: the same arguments with device pointers. Launches on `stream` (a cudaStream_t) of the current device and
 // returns without waiting. An index out of range stops the device with a message, as torch's own indexing does.
 namespace cuda {
-int64_t sparse_workspace(const TopkEncode&);
 int64_t sparse_workspace(const TopkEncodeBackward&);
 int64_t sparse_workspace(const SparseDecodeBackward&);
-void sparse_encode(const TopkEncode&, void* stream);
 void sparse_encode_backward(const TopkEncodeBackward&, void* stream);
 void sparse_decode(const SparseDecode&, void* stream);
 void sparse_decode_backward(const SparseDecodeBackward&, void* stream);

@@ -46,34 +46,6 @@ Tensor workspace_for([[maybe_unused]] const Args& args, const Tensor& like) {
   return empty({bytes}, ScalarType::Byte, like);
 }
 
-std::tuple<Tensor, Tensor> topk_encode(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, int64_t k,
-                                       const std::string& activation) {
-  if (x_.dim() != 2) fail("x has shape ", shape_of(x_), "; expected [rows, columns]");
-  check_weight(weight_, x_.size(1), x_, "x");
-  const int64_t rows = x_.size(0), features = weight_.size(0);
-  if (bias_) check_vector(*bias_, "bias", features, x_, "x");
-  if (k < 1 || k > features) fail("k is ", k, "; expected 1 to ", features, ", the number of features");
-  const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
-  const OptionalTensor bias = as_contiguous(bias_);
-  const Tensor values = empty({rows, k}, x.scalar_type(), x), indices = empty({rows, k}, ScalarType::Long, x);
-  TopkEncode args{.dtype = dtype_of(x, "x"),
-                  .activation = parse_activation(activation),
-                  .rows = rows,
-                  .cols = x.size(1),
-                  .features = features,
-                  .k = k,
-                  .x = data(x),
-                  .weight = data(weight),
-                  .bias = data(bias),
-                  .values = mutable_data(values),
-                  .indices = static_cast<int64_t*>(mutable_data(indices)),
-                  .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, x);
-  args.workspace = mutable_data(workspace);
-  ISTHMUS_LAUNCH(x, sparse, encode, args);
-  return {values, indices};
-}
-
 std::tuple<Tensor, Tensor, Tensor> topk_encode_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
                                                         const Tensor& values_, const Tensor& indices_,
                                                         const std::string& activation) {
@@ -165,7 +137,6 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, c
 }  // namespace
 
 void register_sparse(StableLibrary& m) {
-  m.impl("topk_encode", TORCH_BOX(&topk_encode));
   m.impl("topk_encode_backward", TORCH_BOX(&topk_encode_backward));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_decode_backward", TORCH_BOX(&sparse_decode_backward));

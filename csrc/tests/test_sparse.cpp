@@ -73,7 +73,7 @@ void test_encode(const Problem& p, const Code& want) {
   const auto compute = [&] {
     Array values(p.dtype, p.rows * p.k);
     std::vector<int64_t> indices(static_cast<size_t>(p.rows * p.k), -1);
-    sparse_kernels().encode({p.dtype, p.activation, p.rows, p.cols, p.features, p.k, p.x.data(), p.weight.data(),
+    topk_kernels().encode({p.dtype, p.activation, p.rows, p.cols, p.features, p.k, p.x.data(), p.weight.data(),
                              p.maybe(p.bias), values.data(), indices.data(), nullptr});
     return std::tuple(values, indices);
   };

@@ -14,6 +14,7 @@ from cases.pairwise import pairwise_cases
 from cases.residual import residual_cases
 from cases.scalar import scalar_cases
 from cases.sparse import sparse_cases
+from cases.topk import topk_cases
 
 __all__ = ["CASES", "Case", "as_tuple"]
 
@@ -26,6 +27,7 @@ CASES = (
     + assignment_cases()
     + residual_cases()
     + scalar_cases()
+    + topk_cases()
     + sparse_cases()
     + bayes_cases()
 )

@@ -27,7 +27,8 @@ from isthmus.ops.scalar import (
     pack_indices,
     unpack_indices,
 )
-from isthmus.ops.sparse import sparse_decode, topk_encode
+from isthmus.ops.sparse import sparse_decode
+from isthmus.ops.topk import topk_encode
 
 __all__ = [
     "aggregate_log_prob",

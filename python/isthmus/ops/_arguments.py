@@ -1,5 +1,6 @@
 """Argument handling shared by the public functions."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,3 +42,10 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def accumulate_dtype(t: Tensor) -> torch.dtype:
     """What sums over ``t`` are made and returned in."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def as_rows(name: str, t: Tensor) -> Tensor:
+    """All dimensions but the last as one."""
+    if t.dim() == 0:
+        raise ValueError(f"{name} has shape []; expected at least one dimension")
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

@@ -37,7 +37,8 @@ from isthmus.reference.scalar import (
     pack_indices,
     unpack_indices,
 )
-from isthmus.reference.sparse import sparse_decode, topk_encode
+from isthmus.reference.sparse import sparse_decode
+from isthmus.reference.topk import topk_encode
 
 __all__ = [
     "aggregate_log_prob",

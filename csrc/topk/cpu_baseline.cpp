@@ -1,0 +1,3 @@
+// The topk kernels for any CPU of the architecture; flags in cmake/Isa.cmake.
+#define ISTHMUS_LEVEL baseline
+#include "topk/cpu.inl"
