@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/metric.h"
 #include "core/scale_type.h"
+#include "core/sort.h"
 
 namespace isthmus {
 
@@ -31,13 +33,21 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
   text << ']';
   return text.str();
 }
+
+inline std::string shape_of(const Tensor& t) { return shape_of(sizes_of(t)); }
 
 inline const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
@@ -72,6 +82,13 @@ inline ScaleType parse_scale_type(const std::string& name) {
   fail("scale_type is '", name, "'; expected one of 'logvar', 'std', 'softplus', 'square'");
 }
 
+inline Metric parse_metric(const std::string& name) {
+  if (name == "euclidean") return Metric::euclidean;
+  if (name == "cosine") return Metric::cosine;
+  if (name == "inner_product") return Metric::inner_product;
+  fail("metric is '", name, "'; expected one of 'euclidean', 'cosine', 'inner_product'");
+}
+
 // ---- checks --------------------------------------------------------------------------------------------------------
 
 inline void check_device(const Tensor& t, const char* argument, const Tensor& like, const char* like_name) {
@@ -103,6 +120,20 @@ inline void check_like(const Tensor& t, const char* argument, const Tensor& like
   }
 }
 
+inline void check_tensor(const Tensor& t, const char* argument, ScalarType type, const std::vector<int64_t>& sizes,
+                         const Tensor& like, const char* like_name) {
+  check_device(t, argument, like, like_name);
+  if (t.scalar_type() != type || sizes_of(t) != sizes) {
+    fail(argument, " is ", name_of(t.scalar_type()), shape_of(t), "; expected ", name_of(type), shape_of(sizes));
+  }
+}
+
+// What sums over `like` are kept in: results of a forward pass, and gradients with respect to them.
+inline void check_accumulated(const Tensor& t, const char* argument, const std::vector<int64_t>& sizes,
+                              const Tensor& like, const char* like_name) {
+  check_tensor(t, argument, accumulate_type(like), sizes, like, like_name);
+}
+
 // A matrix [*, cols] of the dtype and on the device of `like`; pass rows < 0 to leave the row count free.
 inline void check_matrix(const Tensor& t, const char* argument, int64_t rows, int64_t cols, const Tensor& like,
                          const char* like_name) {
@@ -128,6 +159,18 @@ inline void check_int64(const Tensor& t, const char* argument) {
   }
 }
 
+// Contiguous indices of codes. Those on a GPU are checked by the kernels.
+inline void check_codes(const Tensor& indices, const char* argument, int64_t codes) {
+  check_int64(indices, argument);
+  if (indices.is_cuda()) return;
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  const int64_t outside = find_outside(index, indices.numel(), codes, -1);
+  if (outside >= 0) {
+    fail(argument, " holds ", index[outside], "; expected 0 <= index < ", codes,
+         ", the number of codes, or -1 for no code");
+  }
+}
+
 inline void check_key(const Tensor& key) {
   check_int64(key, "key");
   if (key.dim() != 1 || key.size(0) != 2) {
@@ -148,12 +191,6 @@ inline int64_t product(const Tensor& t, int64_t dims) {
 
 // Number of rows when all dimensions but the last are flattened.
 inline int64_t leading_size(const Tensor& t) { return product(t, t.dim() - 1); }
-
-inline std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return sizes;
-}
 
 // The sizes without the last dimension.
 inline std::vector<int64_t> leading_sizes(const Tensor& t) {
@@ -203,6 +240,23 @@ struct CudaScope {
   } while (0)
 #else
 #define ISTHMUS_LAUNCH(tensor, family, kernel, args) family##_kernels().kernel(args)
+#endif
+
+// Scratch memory of a CUDA kernel: args.workspace points to it as long as the result lives. On the CPU, kernels bring
+// their own.
+#if defined(ISTHMUS_CUDA)
+template <class Args, class Bytes>
+Tensor allocate_workspace(const Tensor& like, Args& args, const Bytes& bytes) {
+  if (!like.is_cuda()) return empty({0}, ScalarType::Byte, like);
+  const CudaScope scope(like);
+  const Tensor workspace = empty({bytes(args)}, ScalarType::Byte, like);
+  args.workspace = mutable_data(workspace);
+  return workspace;
+}
+#define ISTHMUS_ALLOCATE(tensor, family, args) \
+  allocate_workspace(tensor, args, [](const auto& a) { return cuda::family##_workspace(a); })
+#else
+#define ISTHMUS_ALLOCATE(tensor, family, args) empty({0}, ScalarType::Byte, tensor)
 #endif
 
 }  // namespace isthmus

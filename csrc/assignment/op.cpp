@@ -6,46 +6,9 @@
 namespace isthmus {
 namespace {
 
-// Scratch memory for a kernel on the device of `like`; args.workspace points to it.
-template <class Args>
-Tensor allocate_workspace([[maybe_unused]] Args& args, const Tensor& like) {
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) {
-    const CudaScope scope(like);
-    const Tensor workspace = empty({cuda::assignment_workspace(args)}, ScalarType::Byte, like);
-    args.workspace = mutable_data(workspace);
-    return workspace;
-  }
-#endif
-  return empty({0}, ScalarType::Byte, like);
-}
-
-Metric parse_metric(const std::string& name) {
-  if (name == "euclidean") return Metric::euclidean;
-  if (name == "cosine") return Metric::cosine;
-  if (name == "inner_product") return Metric::inner_product;
-  fail("metric is '", name, "'; expected one of 'euclidean', 'cosine', 'inner_product'");
-}
-
 double check_positive(double value, const char* argument) {
   if (!(value > 0)) fail(argument, " is ", value, "; expected a positive number");
   return value;
-}
-
-// One number of the given type for each row of x.
-void check_rows(const Tensor& t, const char* argument, ScalarType type, const Tensor& x) {
-  check_device(t, argument, x, "x");
-  if (t.scalar_type() != type || sizes_of(t) != leading_sizes(x)) {
-    fail(argument, " is ", name_of(t.scalar_type()), shape_of(t), "; expected ", name_of(type),
-         " of the leading shape of x, which has shape ", shape_of(x));
-  }
-}
-
-void check_accumulated(const Tensor& t, const char* argument, const std::vector<int64_t>& sizes, const Tensor& x) {
-  check_device(t, argument, x, "x");
-  if (t.scalar_type() != accumulate_type(x) || sizes_of(t) != sizes) {
-    fail(argument, " is ", name_of(t.scalar_type()), shape_of(t), "; expected what the forward pass returned");
-  }
 }
 
 // The checked and contiguous inputs all ops share.
@@ -59,7 +22,7 @@ struct Inputs {
       : x(x_), codebook(codebook_), mask(mask_) {
     if (x.dim() == 0) fail("x has shape []; expected [..., D]");
     check_codebook();
-    if (mask) check_rows(*mask, "mask", ScalarType::Bool, x);
+    if (mask) check_tensor(*mask, "mask", ScalarType::Bool, leading_sizes(x), x, "x");
     x = as_contiguous(x);
     codebook = as_contiguous(codebook);
     mask = as_contiguous(mask);
@@ -118,7 +81,7 @@ Tensor vq_sample(const Tensor& x, const Tensor& codebook, const OptionalTensor& 
   const Inputs in(x, codebook, mask, metric, temperature);
   const Tensor key = checked_key(key_, in.x), indices = in.of_rows(ScalarType::Long);
   CodeSample args{.of = in.args, .key = int64_data(key), .indices = mutable_indices(indices), .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, sample, args);
   return indices;
 }
@@ -151,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_soft_quantize(const Tensor& x, con
                     .centred = mutable_data(centred),
                     .normalizer = mutable_data(normalizer),
                     .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, soft_quantize, args);
   return {quantized, indices, centred, normalizer};
 }
@@ -164,8 +127,8 @@ std::tuple<Tensor, Tensor> vq_soft_quantize_backward(const Tensor& grad_, const 
   const Inputs in(x, codebook, mask, metric, temperature);
   const NoiseInputs noise(key, relaxation, in.x);
   check_like(grad_, "grad", in.x, "x");
-  check_accumulated(centred_, "centred", sizes_of(in.x), in.x);
-  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x);
+  check_accumulated(centred_, "centred", sizes_of(in.x), in.x, "x");
+  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x, "x");
   const Tensor grad = as_contiguous(grad_), centred = as_contiguous(centred_), normalizer = as_contiguous(normalizer_);
   const Tensor grad_x = in.gradient(in.x, need_x), grad_codebook = in.gradient(in.codebook, need_codebook);
   SoftQuantizeBackward args{.of = in.args,
@@ -176,7 +139,7 @@ std::tuple<Tensor, Tensor> vq_soft_quantize_backward(const Tensor& grad_, const 
                             .grad_x = data_if(need_x, grad_x),
                             .grad_codebook = data_if(need_codebook, grad_codebook),
                             .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, soft_quantize_backward, args);
   return {grad_x, grad_codebook};
 }
@@ -194,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> vq_soft_statistics(const Tensor& x, const Ten
                       .usage = mutable_data(usage),
                       .normalizer = mutable_data(normalizer),
                       .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, soft_statistics, args);
   return {entropy, usage, normalizer};
 }
@@ -206,10 +169,10 @@ std::tuple<Tensor, Tensor> vq_soft_statistics_backward(const OptionalTensor& gra
                                                        const std::string& metric, double temperature, bool need_x,
                                                        bool need_codebook) {
   const Inputs in(x, codebook, mask, metric, temperature);
-  if (grad_entropy_) check_accumulated(*grad_entropy_, "grad_entropy", leading_sizes(in.x), in.x);
-  if (grad_usage_) check_accumulated(*grad_usage_, "grad_usage", in.usage_sizes(), in.x);
-  check_accumulated(entropy_, "entropy", leading_sizes(in.x), in.x);
-  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x);
+  if (grad_entropy_) check_accumulated(*grad_entropy_, "grad_entropy", leading_sizes(in.x), in.x, "x");
+  if (grad_usage_) check_accumulated(*grad_usage_, "grad_usage", in.usage_sizes(), in.x, "x");
+  check_accumulated(entropy_, "entropy", leading_sizes(in.x), in.x, "x");
+  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x, "x");
   const OptionalTensor grad_entropy = as_contiguous(grad_entropy_), grad_usage = as_contiguous(grad_usage_);
   const Tensor entropy = as_contiguous(entropy_), normalizer = as_contiguous(normalizer_);
   const Tensor grad_x = in.gradient(in.x, need_x), grad_codebook = in.gradient(in.codebook, need_codebook);
@@ -221,24 +184,17 @@ std::tuple<Tensor, Tensor> vq_soft_statistics_backward(const OptionalTensor& gra
                               .grad_x = data_if(need_x, grad_x),
                               .grad_codebook = data_if(need_codebook, grad_codebook),
                               .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, soft_statistics_backward, args);
   return {grad_x, grad_codebook};
 }
 
 // ---- cross-entropy -------------------------------------------------------------------------------------------------
 
-// CUDA indices are checked by the kernels.
 Tensor checked_indices(const Tensor& indices_, const Inputs& in) {
-  check_rows(indices_, "indices", ScalarType::Long, in.x);
+  check_tensor(indices_, "indices", ScalarType::Long, leading_sizes(in.x), in.x, "x");
   const Tensor indices = as_contiguous(indices_);
-  if (in.x.is_cuda()) return indices;
-  const int64_t* index = int64_data(indices);
-  for (int64_t i = 0; i < indices.numel(); ++i) {
-    if (index[i] < -1 || index[i] >= in.args.codes) {
-      fail("indices holds ", index[i], "; expected -1 <= index < ", in.args.codes, ", the number of codes");
-    }
-  }
+  check_codes(indices, "indices", in.args.codes);
   return indices;
 }
 
@@ -252,7 +208,7 @@ std::tuple<Tensor, Tensor> vq_cross_entropy(const Tensor& x, const Tensor& codeb
                         .loss = mutable_data(loss),
                         .normalizer = mutable_data(normalizer),
                         .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, cross_entropy, args);
   return {loss, normalizer};
 }
@@ -263,8 +219,8 @@ std::tuple<Tensor, Tensor> vq_cross_entropy_backward(const Tensor& grad_, const 
                                                      bool need_codebook) {
   const Inputs in(x, codebook, std::nullopt, metric, temperature);
   const Tensor indices = checked_indices(indices_, in);
-  check_accumulated(grad_, "grad", leading_sizes(in.x), in.x);
-  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x);
+  check_accumulated(grad_, "grad", leading_sizes(in.x), in.x, "x");
+  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.x, "x");
   const Tensor grad = as_contiguous(grad_), normalizer = as_contiguous(normalizer_);
   const Tensor grad_x = in.gradient(in.x, need_x), grad_codebook = in.gradient(in.codebook, need_codebook);
   CodeCrossEntropyBackward args{.of = in.args,
@@ -274,7 +230,7 @@ std::tuple<Tensor, Tensor> vq_cross_entropy_backward(const Tensor& grad_, const 
                                 .grad_x = data_if(need_x, grad_x),
                                 .grad_codebook = data_if(need_codebook, grad_codebook),
                                 .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, assignment, args);
   ISTHMUS_LAUNCH(in.x, assignment, cross_entropy_backward, args);
   return {grad_x, grad_codebook};
 }

@@ -34,11 +34,7 @@ struct Arguments {
   Tensor row_values() const { return empty(leading_sizes(logits), accumulate_type(logits), logits); }
 
   void check_row_gradient(const Tensor& grad, const char* argument) const {
-    check_device(grad, argument, logits, "logits");
-    if (grad.scalar_type() != accumulate_type(logits) || sizes_of(grad) != leading_sizes(logits)) {
-      fail(argument, " has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
-           "; expected one value of dtype ", name_of(accumulate_type(logits)), " for each row of logits");
-    }
+    check_accumulated(grad, argument, leading_sizes(logits), logits, "logits");
   }
 
   Tensor prior_gradient(bool wanted) const {

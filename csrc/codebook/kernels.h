@@ -6,19 +6,17 @@
 
 #include "core/dtype.h"
 #include "core/isa.h"
+#include "core/metric.h"
 
 namespace isthmus {
-
-// What the best code has most of: -|x - c|², x·c / |c| (0 for a code of zeros) or x·c.
-enum class Metric { euclidean, cosine, inner_product };
 
 // How the quantized vector passes its gradient on: to x unchanged, to x through the rotation and scaling that takes x
 // to its code, or to the code.
 enum class CodeGradient { straight_through, rotation, codebook };
 
-// For each row of x its best codes, best first, the lower index first among equals. The order is that of the scores in
-// exact arithmetic, up to the rounding of float64. A row that holds a NaN gets the indices 0, 1, …; a code that holds
-// one comes last.
+// For each row of x its best codes, which have most of -|x - c|², x·c / |c| (0 for a code of zeros) or x·c: best first,
+// the lower index first among equals. The order is that of the scores in exact arithmetic, up to the rounding of
+// float64. A row that holds a NaN gets the indices 0, 1, …; a code that holds one comes last.
 struct CodeSearch {
   DType dtype;
   Metric metric;

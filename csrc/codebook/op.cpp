@@ -2,7 +2,6 @@
 
 #include "op.h"
 #include "codebook/kernels.h"
-#include "core/sort.h"
 
 namespace isthmus {
 namespace {
@@ -10,13 +9,6 @@ namespace {
 constexpr int64_t max_codes = INT32_MAX;
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
-
-Metric parse_metric(const std::string& name) {
-  if (name == "euclidean") return Metric::euclidean;
-  if (name == "cosine") return Metric::cosine;
-  if (name == "inner_product") return Metric::inner_product;
-  fail("metric is '", name, "'; expected one of 'euclidean', 'cosine', 'inner_product'");
-}
 
 CodeGradient parse_gradient(const std::string& name) {
   if (name == "straight_through") return CodeGradient::straight_through;
@@ -56,16 +48,10 @@ void check_leading(const Tensor& t, const char* argument, const Tensor& x) {
   }
 }
 
-// One index in [-1, codes) for each row of x. CUDA indices are checked by the kernels.
+// One index for each row of x.
 void check_indices(const Tensor& indices, const Tensor& x, int64_t codes) {
-  check_int64(indices, "indices");
   check_leading(indices, "indices", x);
-  if (x.is_cuda()) return;
-  const int64_t outside = find_outside(int64_data(indices), indices.numel(), codes, -1);
-  if (outside >= 0) {
-    fail("indices holds ", int64_data(indices)[outside], "; expected -1 (no code) or 0 <= index < ", codes,
-         ", the number of codes");
-  }
+  check_codes(indices, "indices", codes);
 }
 
 OptionalTensor checked_mask(const OptionalTensor& mask, const Tensor& x) {
@@ -75,21 +61,6 @@ OptionalTensor checked_mask(const OptionalTensor& mask, const Tensor& x) {
   }
   check_leading(*mask, "mask", x);
   return as_contiguous(mask);
-}
-
-// Scratch memory for a kernel on the device of `like`; args.workspace points to it.
-template <class Args>
-Tensor allocate_workspace([[maybe_unused]] Args& args, const Tensor& like) {
-  int64_t bytes = 0;
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) {
-    const CudaScope scope(like);
-    bytes = cuda::codebook_workspace(args);
-  }
-#endif
-  const Tensor workspace = empty({bytes}, ScalarType::Byte, like);
-  args.workspace = mutable_data(workspace);
-  return workspace;
 }
 
 // ---- search --------------------------------------------------------------------------------------------------------
@@ -155,7 +126,7 @@ Tensor vq_assign(const Tensor& x, const Tensor& codebook, const OptionalTensor& 
   args.best = topk;
   args.mask = static_cast<const bool*>(data(mask));
   args.indices = static_cast<int64_t*>(mutable_data(indices));
-  const Tensor workspace = allocate_workspace(args, x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, codebook, args);
   ISTHMUS_LAUNCH(x, codebook, search, args);
   return indices;
 }
@@ -175,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& co
   args.indices = static_cast<int64_t*>(mutable_data(indices));
   args.quantized = mutable_data(quantized);
   args.squared_error = mutable_data(squared_error);
-  const Tensor workspace = allocate_workspace(args, x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, codebook, args);
   ISTHMUS_LAUNCH(x, codebook, search, args);
   return {quantized, indices, squared_error};
 }
@@ -209,11 +180,7 @@ std::tuple<Tensor, Tensor> vq_quantize_backward(const Tensor& grad_quantized_, c
   const bool has_heads = codebook.dim() == 3;
   const int64_t heads = has_heads ? codebook.size(0) : 1, codes = codebook.size(codebook.dim() - 2);
   check_indices(indices, x, codes);
-  check_device(grad_error, "grad_error", x, "x");
-  if (grad_error.scalar_type() != accumulate_type(x) || !same_shape(grad_error, indices)) {
-    fail("grad_error is ", name_of(grad_error.scalar_type()), shape_of(grad_error), "; expected ",
-         name_of(accumulate_type(x)), shape_of(indices));
-  }
+  check_accumulated(grad_error, "grad_error", sizes_of(indices), x, "x");
   const Tensor grad_x = need_x ? empty(sizes_of(x), x.scalar_type(), x) : absent(x);
   const Tensor grad_codebook = need_codebook ? empty(sizes_of(codebook), x.scalar_type(), x) : absent(x);
   QuantizeBackward args{.dtype = dtype_of(x, "x"),
@@ -231,7 +198,7 @@ std::tuple<Tensor, Tensor> vq_quantize_backward(const Tensor& grad_quantized_, c
                         .grad_x = need_x ? mutable_data(grad_x) : nullptr,
                         .grad_codebook = need_codebook ? mutable_data(grad_codebook) : nullptr,
                         .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, codebook, args);
   ISTHMUS_LAUNCH(x, codebook, backward, args);
   return {grad_x, grad_codebook};
 }
@@ -255,21 +222,9 @@ Tensor code_totals(const Tensor& x_, const Tensor& indices_, int64_t num_codes) 
                       .counts = counts,
                       .sums = counts + num_codes * number,
                       .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, codebook, args);
   ISTHMUS_LAUNCH(x, codebook, statistics, args);
   return totals;
-}
-
-// A tensor of averages or totals: the given shape, in the type that sums over the codebook are kept in.
-void check_totals(const Tensor& t, const char* argument, const std::vector<int64_t>& shape, const Tensor& codebook) {
-  check_device(t, argument, codebook, "codebook");
-  if (t.scalar_type() != accumulate_type(codebook)) {
-    fail(argument, " has dtype ", name_of(t.scalar_type()), "; expected ", name_of(accumulate_type(codebook)),
-         ", as codebook has dtype ", name_of(codebook.scalar_type()));
-  }
-  if (sizes_of(t) != shape) {
-    fail(argument, " has shape ", shape_of(t), "; does not fit codebook, which has shape ", shape_of(codebook));
-  }
 }
 
 // What is written in place must be the tensor itself, not a copy.
@@ -290,17 +245,17 @@ void update_codebook_(const Tensor& codebook, const Tensor& usage, const Optiona
   const std::vector<int64_t> per_code = leading_sizes(codebook), whole = sizes_of(codebook);
   check_rate(decay, "decay");
   if (!(eps >= 0)) fail("eps is ", eps, "; expected 0 or more");
-  check_totals(usage, "usage", per_code, codebook);
-  check_totals(counts_, "counts", per_code, codebook);
-  if (code_weight_.has_value()) check_totals(*code_weight_, "code_weight", per_code, codebook);
+  check_accumulated(usage, "usage", per_code, codebook, "codebook");
+  check_accumulated(counts_, "counts", per_code, codebook, "codebook");
+  if (code_weight_.has_value()) check_accumulated(*code_weight_, "code_weight", per_code, codebook, "codebook");
   if (candidates_.has_value()) check_like(*candidates_, "candidates", codebook, "codebook");
   if (sums.has_value() != batch_sums_.has_value()) {
     fail("sums and batch_sums belong together; expected both or neither, got only ",
          sums.has_value() ? "sums" : "batch_sums");
   }
   if (sums.has_value()) {
-    check_totals(*sums, "sums", whole, codebook);
-    check_totals(*batch_sums_, "batch_sums", whole, codebook);
+    check_accumulated(*sums, "sums", whole, codebook, "codebook");
+    check_accumulated(*batch_sums_, "batch_sums", whole, codebook, "codebook");
     check_in_place(*sums, "sums");
   }
   check_in_place(codebook, "codebook");
@@ -324,7 +279,7 @@ void update_codebook_(const Tensor& codebook, const Tensor& usage, const Optiona
                       .sums = sums.has_value() ? mutable_data(*sums) : nullptr,
                       .codebook = mutable_data(codebook),
                       .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, codebook);
+  const Tensor workspace = ISTHMUS_ALLOCATE(codebook, codebook, args);
   ISTHMUS_LAUNCH(codebook, codebook, update, args);
 }
 

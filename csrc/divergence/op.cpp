@@ -36,10 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward(
                             {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
   const DivergenceReduction sums(reduction, groups, weight, q);
   const Tensor grad = as_contiguous(grad_);
-  if (grad.scalar_type() != accumulate_type(mean) || sizes_of(grad) != sums.sizes) {
-    fail("grad has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
-         "; expected those of the divergence it belongs to");
-  }
+  check_accumulated(grad, "grad", sums.sizes, mean, "mean");
   const GaussianGradientTensors grads(q, prior_gradient);
   const GaussianKlBackward args{q.gaussians, sums.view, data(grad), posterior_weight, prior_weight, grads.results};
   ISTHMUS_LAUNCH(mean, divergence, gaussian_kl_backward, args);

@@ -80,12 +80,6 @@ void launch_sample(const GaussianArguments& q, const GaussianSample& args) {
 
 Reduction rows_of(const GaussianArguments& q) { return DivergenceReduction("row", 0, 1, q).view; }
 
-void check_gradient(const Tensor& grad, const char* argument, const std::vector<int64_t>& sizes, ScalarType type) {
-  if (grad.scalar_type() == type && sizes_of(grad) == sizes) return;
-  fail(argument, " has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
-       "; expected those of the result it belongs to");
-}
-
 // ---- samples -------------------------------------------------------------------------------------------------------
 
 Tensor gaussian_sample(const Tensor& mean, const OptionalTensor& scale, const Tensor& key,
@@ -110,7 +104,7 @@ std::tuple<Tensor, Tensor> gaussian_sample_backward(const Tensor& grad_, const T
   const GaussianArguments q(mean, scale, std::nullopt, std::nullopt, std::nullopt,
                             {scale_type, packed_dim, false, clamp_mode, clamp_low, clamp_high});
   const Draw draw(key, mean, num_samples, antithetic, temperature);
-  check_gradient(grad_, "grad", draw.sizes(q.sizes), mean.scalar_type());
+  check_tensor(grad_, "grad", mean.scalar_type(), draw.sizes(q.sizes), mean, "mean");
   const Tensor grad = as_contiguous(grad_);
   const GaussianGradientTensors grads(q, false);
   GaussianSampleBackward args = backward_arguments(q, draw, rows_of(q), grads);
@@ -152,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_sample_kl_backward(
                             {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
   const Draw draw(key, mean, num_samples, antithetic, temperature);
   const DivergenceReduction sums(reduction, groups, weight, q);
-  check_gradient(grad_z_, "grad_z", draw.sizes(q.sizes), mean.scalar_type());
-  check_gradient(grad_kl_, "grad_kl", sums.sizes, accumulate_type(mean));
+  check_tensor(grad_z_, "grad_z", mean.scalar_type(), draw.sizes(q.sizes), mean, "mean");
+  check_accumulated(grad_kl_, "grad_kl", sums.sizes, mean, "mean");
   const Tensor grad_z = as_contiguous(grad_z_), grad_kl = as_contiguous(grad_kl_);
   const GaussianGradientTensors grads(q, prior_gradient);
   GaussianSampleBackward args = backward_arguments(q, draw, sums.view, grads);
@@ -198,12 +192,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_sample_log_prob_backward(
   const GaussianArguments q(mean, scale, prior_mean, prior_scale, std::nullopt,
                             {scale_type, packed_dim, residual, clamp_mode, clamp_low, clamp_high});
   const Draw draw(key, mean, num_samples, antithetic, temperature);
-  const ScalarType wide = accumulate_type(mean);
-  check_gradient(grad_z_, "grad_z", draw.sizes(q.sizes), mean.scalar_type());
-  check_gradient(grad_kl_, "grad_kl", q.leading_sizes(), wide);
-  check_gradient(grad_log_q_, "grad_log_q", draw.sizes(q.leading_sizes()), wide);
-  check_gradient(grad_log_p_, "grad_log_p", draw.sizes(q.leading_sizes()), wide);
-  if (gate_) check_gradient(*gate_, "gate", draw.sizes(q.leading_sizes()), wide);
+  check_tensor(grad_z_, "grad_z", mean.scalar_type(), draw.sizes(q.sizes), mean, "mean");
+  check_accumulated(grad_kl_, "grad_kl", q.leading_sizes(), mean, "mean");
+  check_accumulated(grad_log_q_, "grad_log_q", draw.sizes(q.leading_sizes()), mean, "mean");
+  check_accumulated(grad_log_p_, "grad_log_p", draw.sizes(q.leading_sizes()), mean, "mean");
+  if (gate_) check_accumulated(*gate_, "gate", draw.sizes(q.leading_sizes()), mean, "mean");
   const Tensor grad_z = as_contiguous(grad_z_), grad_kl = as_contiguous(grad_kl_);
   const Tensor grad_log_q = as_contiguous(grad_log_q_), grad_log_p = as_contiguous(grad_log_p_);
   const OptionalTensor gate = as_contiguous(gate_);

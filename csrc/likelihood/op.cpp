@@ -52,13 +52,6 @@ struct NllShape {
   }
 };
 
-void check_grad(const Tensor& grad, const std::vector<int64_t>& sizes, const Tensor& x) {
-  if (grad.scalar_type() != accumulate_type(x) || sizes_of(grad) != sizes) {
-    fail("grad has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
-         "; expected those of the likelihood it belongs to");
-  }
-}
-
 // What a GPU needs beside its inputs: `elements(rows, cols)` numbers of the accumulate type.
 #if defined(ISTHMUS_CUDA)
 #define ISTHMUS_WORKSPACE(x, elements, ...) \
@@ -110,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_nll_backward(const Tensor& grad_, co
                                                          bool need_scale) {
   const GaussianArguments in(x, mean, scale, weight);
   const NllShape shape(reduction, x);
-  check_grad(grad_, shape.sizes, x);
+  check_accumulated(grad_, "grad", shape.sizes, x, "x");
   const Tensor grad = as_contiguous(grad_);
   const Tensor grad_x = gradient_like(in.x, need_x), grad_mean = gradient_like(in.mean.tensor, need_mean),
                grad_scale = gradient_like(in.scale.tensor, need_scale);
@@ -172,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> discretized_gaussian_nll_backward(const Tenso
   const GaussianArguments in(x, mean, scale, std::nullopt);
   const Bins bins(bin_width, low, high);
   const NllShape shape(reduction, x);
-  check_grad(grad_, shape.sizes, x);
+  check_accumulated(grad_, "grad", shape.sizes, x, "x");
   const Tensor grad = as_contiguous(grad_);
   const Tensor grad_x = gradient_like(in.x, need_x), grad_mean = gradient_like(in.mean.tensor, need_mean),
                grad_scale = gradient_like(in.scale.tensor, need_scale);
@@ -220,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generalized_gaussian_nll_backward(
   const Tensor x = as_contiguous(x_);
   const DensityArgument mean(mean_, "mean", x), scale(scale_, "scale", x), shape(shape_, "shape", x);
   const NllShape sums(reduction, x);
-  check_grad(grad_, sums.sizes, x);
+  check_accumulated(grad_, "grad", sums.sizes, x, "x");
   const Tensor grad = as_contiguous(grad_);
   const Tensor grad_x = gradient_like(x, need_x), grad_mean = gradient_like(mean.tensor, need_mean),
                grad_scale = gradient_like(scale.tensor, need_scale),
@@ -299,7 +292,7 @@ std::tuple<Tensor, Tensor> discretized_logistic_mixture_nll_backward(const Tenso
                                                                      bool need_parameters) {
   LogisticMixtureBackward args = {};
   static_cast<LogisticMixture&>(args) = logistic_mixture(x_, parameters_, num_mixtures, bins, min_log_scale, reduction);
-  check_grad(grad_, mixture_sizes(x_, reduction), x_);
+  check_accumulated(grad_, "grad", mixture_sizes(x_, reduction), x_, "x");
   const Tensor x = as_contiguous(x_), parameters = as_contiguous(parameters_), grad = as_contiguous(grad_);
   const Tensor grad_x = gradient_like(x, need_x), grad_parameters = gradient_like(parameters, need_parameters);
   args.x = data(x);

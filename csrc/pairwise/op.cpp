@@ -8,25 +8,6 @@
 namespace isthmus {
 namespace {
 
-template <class Args>
-Tensor allocate_workspace([[maybe_unused]] Args& args, const Tensor& like) {
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) {
-    const Tensor workspace = empty({cuda::pairwise_workspace(args)}, ScalarType::Byte, like);
-    args.workspace = mutable_data(workspace);
-    return workspace;
-  }
-#endif
-  return empty({0}, ScalarType::Byte, like);
-}
-
-void check_accumulated(const Tensor& t, const char* argument, const std::vector<int64_t>& sizes, const Tensor& z) {
-  check_device(t, argument, z, "z");
-  if (t.scalar_type() != accumulate_type(z) || sizes_of(t) != sizes) {
-    fail(argument, " is ", name_of(t.scalar_type()), shape_of(t), "; expected what the forward pass returned");
-  }
-}
-
 // ---- mixture -------------------------------------------------------------------------------------------------------
 
 SumOver parse_sum_over(const std::string& name) {
@@ -82,7 +63,7 @@ std::tuple<Tensor, Tensor> mixture_log_prob(const Tensor& z, const Tensor& mean,
                .log_prob = mutable_data(log_prob),
                .normalizer = mutable_data(normalizer),
                .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.z);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.z, pairwise, args);
   ISTHMUS_LAUNCH(in.z, pairwise, mixture, args);
   return {log_prob, normalizer};
 }
@@ -92,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
     const OptionalTensor& log_weight, const std::string& scale_type, const std::string& over, bool need_z,
     bool need_components, bool need_log_weight) {
   const MixtureInputs in(z, mean, scale, log_weight, scale_type, over);
-  check_accumulated(grad_, "grad", in.result_sizes, in.z);
-  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.z);
+  check_accumulated(grad_, "grad", in.result_sizes, in.z, "z");
+  check_accumulated(normalizer_, "normalizer", in.normalizer_sizes(), in.z, "z");
   const Tensor grad = as_contiguous(grad_), normalizer = as_contiguous(normalizer_);
   const auto gradient_like = [&](const Tensor& t, bool wanted) {
     return wanted ? empty(sizes_of(t), t.scalar_type(), t) : absent(in.z);
@@ -112,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
                        .grad_scale = need_components ? mutable_data(grad_scale) : nullptr,
                        .grad_log_weight = has_weight ? mutable_data(grad_log_weight) : nullptr,
                        .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.z);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.z, pairwise, args);
   ISTHMUS_LAUNCH(in.z, pairwise, mixture_backward, args);
   return {grad_z, grad_mean, grad_scale, grad_log_weight};
 }
@@ -167,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_log_prob(const Tensor& z, const Ten
                  .log_marginal = mutable_data(log_marginal),
                  .normalizer = mutable_data(normalizer),
                  .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.z);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.z, pairwise, args);
   ISTHMUS_LAUNCH(in.z, pairwise, aggregate, args);
   return {log_joint, log_marginal, normalizer};
 }
@@ -180,10 +161,10 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_log_prob_backward(const Tensor& gra
                                                                bool need_components) {
   const AggregateInputs in(z, mean, scale, dataset_size, estimator, scale_type);
   const std::vector<int64_t> joint_sizes{in.pairs.rows}, marginal_sizes = sizes_of(in.z);
-  check_accumulated(grad_joint_, "grad_joint", joint_sizes, in.z);
-  check_accumulated(grad_marginal_, "grad_marginal", marginal_sizes, in.z);
-  check_accumulated(log_marginal_, "log_marginal", marginal_sizes, in.z);
-  check_accumulated(normalizer_, "normalizer", {2, in.pairs.rows}, in.z);
+  check_accumulated(grad_joint_, "grad_joint", joint_sizes, in.z, "z");
+  check_accumulated(grad_marginal_, "grad_marginal", marginal_sizes, in.z, "z");
+  check_accumulated(log_marginal_, "log_marginal", marginal_sizes, in.z, "z");
+  check_accumulated(normalizer_, "normalizer", {2, in.pairs.rows}, in.z, "z");
   const Tensor grad_joint = as_contiguous(grad_joint_), grad_marginal = as_contiguous(grad_marginal_);
   const Tensor log_marginal = as_contiguous(log_marginal_), normalizer = as_contiguous(normalizer_);
   const auto gradient = [&](bool wanted) {
@@ -200,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_log_prob_backward(const Tensor& gra
                          .grad_mean = need_components ? mutable_data(grad_mean) : nullptr,
                          .grad_scale = need_components ? mutable_data(grad_scale) : nullptr,
                          .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.z);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.z, pairwise, args);
   ISTHMUS_LAUNCH(in.z, pairwise, aggregate_backward, args);
   return {grad_z, grad_mean, grad_scale};
 }
@@ -266,7 +247,7 @@ Tensor mmd(const Tensor& x, const Tensor& y, const std::string& kernel, const st
   DiscrepancyInputs in(x, y, kernel, bandwidths, estimator);
   const Tensor value = empty({}, accumulate_type(in.x), in.x);
   in.args.value = mutable_data(value);
-  const Tensor workspace = allocate_workspace(in.args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, pairwise, in.args);
   ISTHMUS_LAUNCH(in.x, pairwise, discrepancy, in.args);
   return value;
 }
@@ -275,7 +256,7 @@ std::tuple<Tensor, Tensor> mmd_backward(const Tensor& grad_, const Tensor& x, co
                                         const std::string& kernel, const std::vector<double>& bandwidths,
                                         const std::string& estimator, bool need_x, bool need_y) {
   const DiscrepancyInputs in(x, y, kernel, bandwidths, estimator);
-  check_accumulated(grad_, "grad", {}, in.x);
+  check_accumulated(grad_, "grad", {}, in.x, "x");
   const Tensor grad = as_contiguous(grad_);
   const Tensor grad_x = need_x ? empty(sizes_of(in.x), in.x.scalar_type(), in.x) : absent(in.x);
   const Tensor grad_y = need_y ? empty(sizes_of(in.y), in.y.scalar_type(), in.y) : absent(in.y);
@@ -284,7 +265,7 @@ std::tuple<Tensor, Tensor> mmd_backward(const Tensor& grad_, const Tensor& x, co
                            .grad_x = need_x ? mutable_data(grad_x) : nullptr,
                            .grad_y = need_y ? mutable_data(grad_y) : nullptr,
                            .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, pairwise, args);
   ISTHMUS_LAUNCH(in.x, pairwise, discrepancy_backward, args);
   return {grad_x, grad_y};
 }

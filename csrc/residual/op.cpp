@@ -97,20 +97,6 @@ struct ResidualInputs {
   }
 };
 
-// Scratch memory for a kernel on the device of `like`; args.workspace points to it.
-template <class Args>
-Tensor allocate_workspace([[maybe_unused]] Args& args, const Tensor& like) {
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) {
-    const CudaScope scope(like);
-    const Tensor workspace = empty({cuda::residual_workspace(args)}, ScalarType::Byte, like);
-    args.workspace = mutable_data(workspace);
-    return workspace;
-  }
-#endif
-  return empty({0}, ScalarType::Byte, like);
-}
-
 // gradient and commitment_weight matter to the backward pass alone.
 std::tuple<Tensor, Tensor, Tensor> residual_vq_quantize(const Tensor& x, const Tensor& tables,
                                                         const OptionalTensor& stages_,
@@ -131,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_vq_quantize(const Tensor& x, const T
                       .quantized = mutable_data(quantized),
                       .squared_error = mutable_data(squared_error),
                       .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, residual, args);
   ISTHMUS_LAUNCH(in.x, residual, search, args);
   return {quantized, indices, squared_error};
 }
@@ -142,11 +128,7 @@ std::tuple<Tensor, Tensor> residual_vq_quantize_backward(const Tensor& grad_quan
                                                          double commitment_weight, bool need_x, bool need_codebooks) {
   const ResidualInputs in(x, tables, sizes);
   check_like(grad_quantized_, "grad_quantized", in.x, "x");
-  check_device(grad_error_, "grad_error", in.x, "x");
-  if (grad_error_.scalar_type() != accumulate_type(in.x) || sizes_of(grad_error_) != in.stage_shape()) {
-    fail("grad_error is ", name_of(grad_error_.scalar_type()), shape_of(grad_error_),
-         "; expected the type and shape of squared_error");
-  }
+  check_accumulated(grad_error_, "grad_error", in.stage_shape(), in.x, "x");
   const Tensor grad_quantized = as_contiguous(grad_quantized_), grad_error = as_contiguous(grad_error_);
   const Tensor indices = as_contiguous(indices_);
   in.check_indices(indices);
@@ -161,7 +143,7 @@ std::tuple<Tensor, Tensor> residual_vq_quantize_backward(const Tensor& grad_quan
                         .grad_x = need_x ? mutable_data(grad_x) : nullptr,
                         .grad_tables = need_codebooks ? mutable_data(grad_tables) : nullptr,
                         .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, residual, args);
   ISTHMUS_LAUNCH(in.x, residual, backward, args);
   return {grad_x, grad_tables};
 }
@@ -174,7 +156,7 @@ Tensor residual_code_totals(const Tensor& x, const Tensor& tables, const Tensor&
   const Tensor totals = empty({in.codes.groups * in.codes.codes * (1 + in.codes.dim)}, accumulate_type(in.x), in.x);
   ResidualTotals args{
       .codes = in.codes, .indices = int64_data(indices), .totals = mutable_data(totals), .workspace = nullptr};
-  const Tensor workspace = allocate_workspace(args, in.x);
+  const Tensor workspace = ISTHMUS_ALLOCATE(in.x, residual, args);
   ISTHMUS_LAUNCH(in.x, residual, totals, args);
   return totals;
 }

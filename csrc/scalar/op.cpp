@@ -68,11 +68,7 @@ Tensor row_indices(const Tensor& x) { return empty(leading_sizes(x), ScalarType:
 int64_t* index_data(const Tensor& t) { return static_cast<int64_t*>(mutable_data(t)); }
 
 void check_row_gradient(const Tensor& grad, const char* argument, const Tensor& x) {
-  check_device(grad, argument, x, "x");
-  if (grad.scalar_type() != accumulate_type(x) || sizes_of(grad) != leading_sizes(x)) {
-    fail(argument, " has dtype ", name_of(grad.scalar_type()), " and shape ", shape_of(grad),
-         "; expected one value of dtype ", name_of(accumulate_type(x)), " for each row of x");
-  }
+  check_accumulated(grad, argument, leading_sizes(x), x, "x");
 }
 
 // Memory for partial sums of a CUDA kernel; CPU kernels allocate their own.
@@ -219,11 +215,7 @@ Tensor lfq_quantize_entropy_backward(const Tensor& grad_quantized_, const Tensor
   const Tensor x = as_contiguous(x_), grad_x = like(x);
   const OptionalTensor mask = as_contiguous(mask_);
   const Lfq in = lfq(x, mask, scale, spherical, inverse_temperature, codebooks);
-  check_device(grad_counts_, "grad_bit_counts", x, "x");
-  if (grad_counts_.scalar_type() != accumulate_type(x) || sizes_of(grad_counts_) != count_sizes(in, codebooks)) {
-    fail("grad_bit_counts has dtype ", name_of(grad_counts_.scalar_type()), " and shape ", shape_of(grad_counts_),
-         "; expected one value of dtype ", name_of(accumulate_type(x)), " for each bit");
-  }
+  check_accumulated(grad_counts_, "grad_bit_counts", count_sizes(in, codebooks), x, "x");
   const Tensor grad_quantized = as_contiguous(grad_quantized_), grad_error = as_contiguous(grad_error_);
   const Tensor grad_entropy = as_contiguous(grad_entropy_), grad_counts = as_contiguous(grad_counts_);
   const LfqBackward args{
@@ -293,18 +285,6 @@ std::tuple<Tensor, Tensor> latent_quantize_backward(const Tensor& grad_quantized
 
 // ---- decoding ------------------------------------------------------------------------------------------------------
 
-// In [-1, codes). CUDA indices are checked by the kernels.
-void check_indices(const Tensor& indices, int64_t codes) {
-  check_int64(indices, "indices");
-  if (indices.is_cuda()) return;
-  const int64_t* values = int64_data(indices);
-  for (int64_t i = 0, count = indices.numel(); i < count; ++i) {
-    if (values[i] < -1 || values[i] >= codes) {
-      fail("indices holds ", values[i], "; expected 0 <= index < ", codes, ", or -1 for a masked row");
-    }
-  }
-}
-
 std::vector<int64_t> with_columns(const Tensor& indices, int64_t columns) {
   std::vector<int64_t> sizes = sizes_of(indices);
   sizes.push_back(columns);
@@ -322,7 +302,7 @@ Tensor fsq_decode(const Tensor& indices_, const std::vector<int64_t>& levels, bo
                  scale,
                  nullptr,
                  nullptr};
-  check_indices(indices, codes_of(args.levels));
+  check_codes(indices, "indices", codes_of(args.levels));
   const Tensor out = empty(with_columns(indices, args.levels.dims), dtype, indices);
   for (int d = 0; d < args.levels.dims; ++d) args.grid[d] = grid_of(args.levels.size[d], symmetric, false);
   args.indices = int64_data(indices);
@@ -336,7 +316,7 @@ Tensor latent_decode(const Tensor& indices_, const Tensor& codebooks_, const std
   check_device(codebooks_, "codebooks", indices_, "indices");
   check_entries(codebooks_, levels);
   const Tensor indices = as_contiguous(indices_), codebooks = as_contiguous(codebooks_);
-  check_indices(indices, codes_of(levels));
+  check_codes(indices, "indices", codes_of(levels));
   const Tensor out = empty(with_columns(indices, levels.dims), codebooks.scalar_type(), codebooks);
   const LatentDecode args{dtype_of(codebooks, "codebooks"),
                           indices.numel(),
@@ -355,7 +335,7 @@ Tensor latent_decode_backward(const Tensor& grad_, const Tensor& indices_, const
     fail("grad has shape ", shape_of(grad_), "; expected that of indices, ", shape_of(indices_), ", and ", levels.dims);
   }
   const Tensor grad = as_contiguous(grad_), indices = as_contiguous(indices_);
-  check_indices(indices, codes_of(levels));
+  check_codes(indices, "indices", codes_of(levels));
   const Tensor grad_codebooks = empty({levels.total()}, grad.scalar_type(), grad);
   int64_t doubles = 0;
 #if defined(ISTHMUS_CUDA)

@@ -420,14 +420,14 @@ X, CODES, INDICES = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=t
         (lambda: ops.vq_sample(X.double(), CODES), RuntimeError, "codebook has dtype Float; expected Double"),
         (lambda: ops.vq_sample(X.int(), CODES.int()), RuntimeError, "x has dtype Int; expected"),
         (lambda: ops.vq_sample(X, CODES, mask=X[:, 0]), RuntimeError, r"mask is Float\[4\]; expected Bool"),
-        (lambda: ops.vq_sample(X, CODES, mask=X[:2, 0] == 0), RuntimeError, r"mask is Bool\[2\]; expected Bool of the"),
+        (lambda: ops.vq_sample(X, CODES, mask=X[:2, 0] == 0), RuntimeError, r"mask is Bool\[2\]; expected Bool\[4\]"),
         (lambda: ops.vq_cross_entropy(X, CODES, INDICES[:3]), RuntimeError, r"indices is Long\[3\]; expected Long"),
         (
             lambda: ops.vq_cross_entropy(X, CODES, INDICES + 5),
             RuntimeError,
-            "indices holds 5; expected -1 <= index < 5",
+            "indices holds 5; expected 0 <= index < 5",
         ),
-        (lambda: ops.vq_cross_entropy(X, CODES, INDICES - 2), RuntimeError, "indices holds -2; expected -1 <= index"),
+        (lambda: ops.vq_cross_entropy(X, CODES, INDICES - 2), RuntimeError, "indices holds -2; expected 0 <= index"),
     ],
 )
 def test_bad_arguments(call, error, message):

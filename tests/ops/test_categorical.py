@@ -285,7 +285,7 @@ LOGITS, KEY = torch.zeros(3, 4), torch.tensor([0, 0])
         (lambda: ops.categorical_kl(LOGITS, torch.zeros(5)), r"prior_logits has shape \[5\], which does not broadcast"),
         (
             lambda: torch.ops.isthmus.categorical_kl_backward(LOGITS, LOGITS, None, False),
-            r"grad has dtype Float and shape \[3, 4\]; expected one value of dtype Float for each row of logits",
+            r"grad is Float\[3, 4\]; expected Float\[3\]",
         ),
         (
             lambda: torch.ops.isthmus.categorical_kl_backward(LOGITS[:, 0], LOGITS, None, True),

@@ -508,7 +508,7 @@ PLAIN = ("logvar", -1, False, "none", 0.0, 0.0, "row", 1, 1.0, 1.0, 1.0)  # opti
         ),
         (
             lambda: torch.ops.isthmus.gaussian_kl_backward(MEAN, MEAN, LOGVAR, None, None, None, *PLAIN, False),
-            r"grad has dtype Float and shape \[3, 4\]; expected those of the divergence",
+            r"grad is Float\[3, 4\]; expected Float\[",
         ),
         (
             lambda: torch.ops.isthmus.log_mean_exp_backward(torch.zeros(3), torch.zeros(6, 2), torch.zeros(2, 2)),
