@@ -8,18 +8,25 @@
 
 namespace isthmus {
 
-enum class Activation : int { identity, relu };
+// abs ranks by |a| and keeps the sign of a.
+enum class Activation : int { identity, relu, abs };
 
-// The k largest of activation(x · weightᵀ + bias) in each row, largest first, ties by lowest index.
+// The best of activation(x · weightᵀ + bias) in each row, best first, ties by lowest index. The features are `groups`
+// equal ranges, each of which gives its k / groups best to a row, group after group.
+//
+// Scores are ranked in float64 (core/score.h) and rounded once. With relu, whatever is not positive counts as 0. A row
+// with a NaN among its scores gets NaN values and index 0 throughout.
 struct TopkEncode {
   DType dtype;
   Activation activation;
   int64_t rows, cols, features, k;  // 1 <= k <= features < 2^31
+  int64_t groups;                   // divides features and k
   const void* x;                    // [rows, cols]
   const void* weight;               // [features, cols]
   const void* bias;                 // [features], or null
-  void* values;                     // [rows, k]
-  int64_t* indices;                 // [rows, k]
+  const bool* among;                // [features]: the others do not take part; or null: all do
+  void* values;                     // [rows, k]; where a group has fewer features: 0
+  int64_t* indices;                 // [rows, k]; there: -1
   void* workspace;                  // CUDA: topk_workspace() bytes
 };
 

@@ -9,7 +9,8 @@ namespace {
 Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "identity") return Activation::identity;
-  fail("activation is '", name, "'; expected 'relu' or 'identity'");
+  if (name == "abs") return Activation::abs;
+  fail("activation is '", name, "'; expected 'relu', 'identity' or 'abs'");
 }
 
 // A matrix [features, cols]; cols < 0 leaves the width free.
@@ -46,9 +47,11 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& x_, const Tensor& weight_, 
                   .cols = x.size(1),
                   .features = features,
                   .k = k,
+                  .groups = 1,
                   .x = data(x),
                   .weight = data(weight),
                   .bias = data(bias),
+                  .among = nullptr,
                   .values = mutable_data(values),
                   .indices = static_cast<int64_t*>(mutable_data(indices)),
                   .workspace = nullptr};
