@@ -11,6 +11,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
 
 from typer.testing import CliRunner
 

@@ -6,6 +6,8 @@ isthmus.objectives bounds, divergences and distances to train them with
 isthmus.distributions torch.distributions with fused sampling, densities and divergences
 isthmus.diagnostics what a trained latent code is used for
 isthmus.clustering k-means for the start of a codebook
+isthmus.data       activations of a network: harvested, kept in shards, streamed
+isthmus.optim      optimizers for what the modules learn
 isthmus.models     autoencoders and Bayesian networks built on those
 isthmus.reference  the same ops in plain PyTorch: the specification
 """
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 import isthmus._load  # noqa: F401  isort: split
-from isthmus import _C, clustering, diagnostics, distributions, nn, objectives, ops
+from isthmus import _C, clustering, diagnostics, distributions, nn, objectives, ops, optim
 from isthmus.random import fold_in, key, split
 
 __version__: str = _C.build_info()["version"]
@@ -30,6 +32,7 @@ __all__ = [
     "nn",
     "objectives",
     "ops",
+    "optim",
     "set_isa",
     "split",
 ]

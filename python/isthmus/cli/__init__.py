@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import NoReturn
 
-_missing = [name for name in ("matplotlib", "rich", "sklearn", "typer") if find_spec(name) is None]
+_missing = [name for name in ("matplotlib", "rich", "safetensors", "sklearn", "typer") if find_spec(name) is None]
 
 if _missing:
 
