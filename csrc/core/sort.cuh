@@ -105,89 +105,33 @@ struct Groups {
 
 // ---- sums over groups ----------------------------------------------------------------------------------------------
 
-// What GroupSums needs of the caller, on the device and by value:
-//     using Number = …;
-//     Number share(int64_t item, int64_t group, int64_t column)       what an item adds to its group
-//     void write(int64_t group, int64_t column, Number sum)          receives each sum once; zero for an empty group
+// Items in a sorted order: group g has the positions starts[g] … starts[g + 1] - 1, items[p] is the item at position p
+// and index its group.
+struct SortedItems {
+  int64_t count, num_items;  // of groups; of items, whether in a group or in none
+  const int64_t *items, *starts, *index;
 
-struct GroupSumsLayout {
-  Groups groups;
-  int64_t width, items_per_chunk, chunks;
-  int columns;  // threads that share a chunk, one column each at a time; a power of two
-  void*
-      partial;  // [chunks][2][width]: sums of the group that a chunk enters in the middle, and of the one it breaks off
+  __device__ __forceinline__ int64_t group_at(int64_t position) const { return index[items[position]]; }
 };
 
-template <class Body>
-__global__ void __launch_bounds__(sort_threads) sum_chunks_kernel(GroupSumsLayout layout, Body body) {
-  using C = typename Body::Number;
-  const Groups& groups = layout.groups;
-  const int64_t teams = sort_threads / layout.columns;
-  const int64_t chunk = blockIdx.x * teams + threadIdx.x / layout.columns;
-  if (chunk >= layout.chunks) return;
-  const int64_t first = chunk * layout.items_per_chunk, limit = first + layout.items_per_chunk;
-  const int64_t grouped = groups.starts[groups.count], last = limit < grouped ? limit : grouped;
-  C* head = static_cast<C*>(layout.partial) + 2 * chunk * layout.width;
-  C* tail = head + layout.width;
-  for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
-    for (int64_t i = first; i < last;) {
-      const int64_t g = static_cast<int64_t>(groups.keys[i]), end = groups.starts[g + 1];
-      const bool enters = groups.starts[g]<first, leaves = end> last;
-      const int64_t stop = leaves ? last : end;
-      C sum = 0;
-#pragma unroll 4
-      for (; i < stop; ++i) sum += body.share(groups.items[i], g, k);
-      if (enters) {
-        head[k] = sum;
-      } else if (leaves) {
-        tail[k] = sum;
-      } else {
-        body.write(g, k, sum);
-      }
-    }
-  }
-}
-
-// Groups that lie in several chunks, and those that are empty.
-template <class Body>
-__global__ void __launch_bounds__(sort_threads) sum_rest_kernel(GroupSumsLayout layout, Body body) {
-  using C = typename Body::Number;
-  const Groups& groups = layout.groups;
-  const int64_t teams = sort_threads / layout.columns;
-  const int64_t g = blockIdx.x * teams + threadIdx.x / layout.columns;
-  if (g >= groups.count) return;
-  const int64_t begin = groups.starts[g], end = groups.starts[g + 1];
-  const bool empty = begin == end;
-  const int64_t first = begin / layout.items_per_chunk, last = empty ? first : (end - 1) / layout.items_per_chunk;
-  if (!empty && first == last) return;  // written by sum_chunks_kernel
-  const C* partial = static_cast<const C*>(layout.partial);
-  for (int64_t k = threadIdx.x % layout.columns; k < layout.width; k += layout.columns) {
-    C sum = empty ? C(0) : partial[(2 * first + 1) * layout.width + k];
-#pragma unroll 4
-    for (int64_t c = first + 1; c <= last; ++c) sum += partial[2 * c * layout.width + k];
-    body.write(g, k, sum);
-  }
-}
-
-// Lays out its memory when made; run() sorts and sums.
+// What run_sums needs of the caller, on the device and by value; columns go in packs:
+//     using Number = …;
+//     static constexpr int pack = …;
+//     void add(int64_t position, int64_t group, int64_t column, Number (&sum)[pack])
+//     void write(int64_t group, int64_t column, const Number (&sum)[pack])     once for each sum; zeros for no items
 template <class C>
-struct GroupSums : GroupSumsLayout {
-  GroupSums(int64_t num_items, int64_t count, int64_t width_, Arena& arena)
-      : GroupSumsLayout{Groups(num_items, count, arena), width_, chunk_size(num_items, width_), 0, 1, nullptr} {
-    chunks = divide_up(num_items, items_per_chunk);
-    while (columns < sort_threads && columns < width) columns *= 2;
-    partial = arena.take<C>(2 * chunks * width);
-  }
+struct SumsLayout {
+  int64_t width, items_per_chunk, chunks;
+  int threads;  // that share a chunk, a pack of columns each at a time; a power of two
+  C* partial;   // [chunks][2][width]: sums of the group that a chunk enters in the middle, and of the one it breaks off
 
-  // lowest: of the indices, 0 or -1.
-  template <class Body>
-  void run(const int64_t* index, int64_t lowest, const Body& body, void* stream) {
-    static_assert(std::is_same_v<typename Body::Number, C>);
-    groups.sort(index, lowest, stream);
-    const int64_t teams = sort_threads / columns;
-    const GroupSumsLayout& layout = *this;
-    launch("sum_chunks", sum_chunks_kernel<Body>, divide_up(chunks, teams), sort_threads, 0, stream, layout, body);
-    launch("sum_rest", sum_rest_kernel<Body>, divide_up(groups.count, teams), sort_threads, 0, stream, layout, body);
+  SumsLayout(int64_t num_items, int64_t width_, int pack, Arena& arena)
+      : width(width_),
+        items_per_chunk(chunk_size(num_items, width_)),
+        chunks(divide_up(num_items, items_per_chunk)),
+        threads(1),
+        partial(arena.take<C>(2 * chunks * width)) {
+    while (threads < sort_threads && threads * pack < width) threads *= 2;
   }
 
  private:
@@ -197,6 +141,113 @@ struct GroupSums : GroupSumsLayout {
     const int64_t narrow = width < 1 ? min_numbers : min_numbers / width;
     const int64_t size = divide_up(num_items, narrow > min_chunks ? narrow : min_chunks);
     return size > min_items ? size : min_items;
+  }
+};
+
+// The pack of columns from `column` on; partial sums need not be aligned.
+template <class C, int N>
+__device__ __forceinline__ void store_partial(C* sums, int64_t column, const C (&values)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) sums[column + j] = values[j];
+}
+
+template <class C, class Body>
+__global__ void __launch_bounds__(sort_threads)
+    sum_chunks_kernel(SortedItems groups, SumsLayout<C> layout, Body body) {
+  constexpr int n = Body::pack;
+  const int64_t teams = sort_threads / layout.threads;
+  const int64_t chunk = blockIdx.x * teams + threadIdx.x / layout.threads;
+  if (chunk >= layout.chunks) return;
+  const int64_t first = chunk * layout.items_per_chunk, limit = first + layout.items_per_chunk;
+  const int64_t grouped = groups.starts[groups.count], last = limit < grouped ? limit : grouped;
+  C* head = layout.partial + 2 * chunk * layout.width;
+  C* tail = head + layout.width;
+  for (int64_t k = threadIdx.x % layout.threads * n; k < layout.width; k += layout.threads * n) {
+    for (int64_t i = first; i < last;) {
+      const int64_t g = groups.group_at(i), begin = groups.starts[g], end = groups.starts[g + 1];
+      const bool enters = begin < first, leaves = end > last;
+      const int64_t stop = leaves ? last : end;
+      C sum[n] = {};
+#pragma unroll 4
+      for (; i < stop; ++i) body.add(i, g, k, sum);
+      if (enters) {
+        store_partial(head, k, sum);
+      } else if (leaves) {
+        store_partial(tail, k, sum);
+      } else {
+        body.write(g, k, sum);
+      }
+    }
+  }
+}
+
+// Groups that lie in several chunks, and those that are empty.
+template <class C, class Body>
+__global__ void __launch_bounds__(sort_threads) sum_rest_kernel(SortedItems groups, SumsLayout<C> layout, Body body) {
+  constexpr int n = Body::pack;
+  const int64_t teams = sort_threads / layout.threads;
+  const int64_t g = blockIdx.x * teams + threadIdx.x / layout.threads;
+  if (g >= groups.count) return;
+  const int64_t begin = groups.starts[g], end = groups.starts[g + 1];
+  const bool empty = begin == end;
+  const int64_t first = begin / layout.items_per_chunk, last = empty ? first : (end - 1) / layout.items_per_chunk;
+  if (!empty && first == last) return;  // written by sum_chunks_kernel
+  for (int64_t k = threadIdx.x % layout.threads * n; k < layout.width; k += layout.threads * n) {
+    C sum[n] = {};
+    const auto add = [&](const C* sums) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) sum[j] += sums[k + j];
+    };
+    if (!empty) add(layout.partial + (2 * first + 1) * layout.width);
+#pragma unroll 4
+    for (int64_t c = first + 1; c <= last; ++c) add(layout.partial + 2 * c * layout.width);
+    body.write(g, k, sum);
+  }
+}
+
+template <class C, class Body>
+void run_sums(const SortedItems& groups, const SumsLayout<C>& layout, const Body& body, void* stream) {
+  static_assert(std::is_same_v<typename Body::Number, C>);
+  const int64_t teams = sort_threads / layout.threads;
+  launch("sum_chunks", sum_chunks_kernel<C, Body>, divide_up(layout.chunks, teams), sort_threads, 0, stream, groups,
+         layout, body);
+  launch("sum_rest", sum_rest_kernel<C, Body>, divide_up(groups.count, teams), sort_threads, 0, stream, groups, layout,
+         body);
+}
+
+// A body column by column, for the items themselves:
+//     Number share(int64_t item, int64_t group, int64_t column)       what an item adds to its group
+//     void write(int64_t group, int64_t column, Number sum)
+template <class Body>
+struct ItemShares {
+  using Number = typename Body::Number;
+  static constexpr int pack = 1;
+  Body body;
+  const int64_t* items;
+
+  __device__ __forceinline__ void add(int64_t position, int64_t group, int64_t column, Number (&sum)[1]) const {
+    sum[0] += body.share(items[position], group, column);
+  }
+  __device__ __forceinline__ void write(int64_t group, int64_t column, const Number (&sum)[1]) const {
+    body.write(group, column, sum[0]);
+  }
+};
+
+// Lays out its memory when made; run() sorts and sums.
+template <class C>
+struct GroupSums {
+  Groups groups;
+  SumsLayout<C> layout;
+
+  GroupSums(int64_t num_items, int64_t count, int64_t width, Arena& arena)
+      : groups(num_items, count, arena), layout(num_items, width, 1, arena) {}
+
+  // lowest: of the indices, 0 or -1.
+  template <class Body>
+  void run(const int64_t* index, int64_t lowest, const Body& body, void* stream) {
+    groups.sort(index, lowest, stream);
+    const SortedItems sorted{groups.count, groups.num_items, groups.items, groups.starts, index};
+    run_sums(sorted, layout, ItemShares<Body>{body, groups.items}, stream);
   }
 };
 
