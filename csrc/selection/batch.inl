@@ -1,0 +1,251 @@
+// Included by cpu.inl: the largest scores of a whole batch.
+//
+// Each thread keeps a list of candidates. At twice as many entries as are wanted it is cut down to the best, which
+// raises the score that later ones need. About E (1 + log(N F / E)) of the N F scores are ever candidates.
+
+// The last entry that is kept, in the order of falling scores, then of positions.
+struct Limit {
+  double score;
+  int64_t position;
+
+  bool keeps(double its_score, int64_t its_position) const {
+    return its_score > score || (its_score == score && its_position <= position);
+  }
+};
+
+template <class Test>
+inline int64_t count_where(const List<double>* lists, int64_t num_lists, const Test& test) {
+  Buffer<int64_t> counts(num_lists);
+  parallel_for(num_lists, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      int64_t total = 0;
+      for (int64_t i = 0; i < lists[l].count; ++i) total += test(lists[l].values[i], lists[l].positions[i]);
+      counts.data[l] = total;
+    }
+  });
+  int64_t total = 0;
+  for (int64_t l = 0; l < num_lists; ++l) total += counts.data[l];
+  return total;
+}
+
+// The least number for which test holds, if it holds for all that are greater; `high` if for none.
+template <class Test>
+inline int64_t bisect(int64_t low, int64_t high, const Test& test) {
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (test(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// A limit that keeps at least `wanted` entries of the lists, which hold more, and at most `most`; of the lowest
+// positions where scores are equal.
+inline Limit find_limit(const List<double>* lists, int64_t num_lists, int64_t wanted, int64_t most) {
+  const auto count = [&](const auto& test) { return count_where(lists, num_lists, test); };
+  int64_t low = to_ordered(-__builtin_inf()), high = to_ordered(__builtin_inf());
+  while (low < high) {
+    const int64_t middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
+    const double score = from_ordered<double>(middle);
+    const int64_t found = count([=](double s, int64_t) { return s >= score; });
+    if (found >= wanted && found <= most) return {score, INT64_MAX};
+    if (found >= wanted) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const double score = from_ordered<double>(low);
+  const int64_t ties = wanted - count([=](double s, int64_t) { return s > score; });
+  const int64_t last = bisect(0, INT64_MAX, [&](int64_t position) {
+    return count([=](double s, int64_t p) { return (s == score) & (p <= position); }) >= ties;
+  });
+  return {score, last};
+}
+
+// What the threads share.
+struct BatchSearch {
+  const int64_t wanted;
+  const double floor;  // what is not above is the same for all, and not collected
+  const BrokenRows& broken;
+  const Lists<double>& lists;
+  // A score that `wanted` entries reach, the highest that a thread has proved. It changes no result, only the time.
+  mutable double least = floor;
+
+  double shared_least() const {
+    double value;
+    __atomic_load(&least, &value, __ATOMIC_RELAXED);
+    return value;
+  }
+  void share(double value) const {
+    if (value > shared_least()) __atomic_store(&least, &value, __ATOMIC_RELAXED);
+  }
+};
+
+template <class C>
+struct BatchSink {
+  const BatchSearch& search;
+  List<double>* list = nullptr;
+  double least = search.floor;
+
+  void begin(int64_t item) {
+    if (list == nullptr) list = search.lists.data + item;
+  }
+
+  void cuts(int64_t, Vec<C> (&cuts)[2]) {
+    const double shared = search.shared_least();
+    if (shared > least) least = shared;
+    // Above the floor, what equals the least score still matters.
+    C cut = rounded_down<C>(least);
+    if (least > search.floor && static_cast<double>(cut) == least) cut = next_below(cut);
+    cuts[0] = cuts[1] = splat(cut);
+  }
+
+  void meet(int64_t row, int64_t feature, double score) {
+    if (score > search.floor && score >= least) {
+      const int64_t place = list->grow();
+      list->values[place] = score;
+      list->positions[place] = position_of(row, feature);
+      if (list->count >= 2 * search.wanted + 1024) keep_best();
+    } else if (score != score) {
+      search.broken.add(row);
+    }
+  }
+
+  ISTHMUS_NOINLINE void keep_best() {
+    const Limit limit = find_limit(list, 1, search.wanted, search.wanted + search.wanted / 4);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < list->count; ++i) {
+      const double score = list->values[i];
+      const int64_t position = list->positions[i];
+      list->values[kept] = score;
+      list->positions[kept] = position;
+      kept += limit.keeps(score, position);
+    }
+    list->count = kept;
+    least = limit.score;
+    search.share(least);
+  }
+};
+
+// The result: of each row its entries, then what fills up.
+template <class T>
+struct BatchRows {
+  const BatchTopkEncode& args;
+  const BatchSearch& search;
+  const Limit limit = find_last();
+  T* const values = static_cast<T*>(args.values);
+  Buffer<int64_t> found{args.rows};    // entries of each row
+  Buffer<int64_t> fillers{args.rows};  // and how many at the floor
+
+  Limit find_last() const {
+    if (search.wanted <= 0) return {__builtin_inf(), -1};
+    int64_t total = 0;
+    for (int64_t l = 0; l < search.lists.count; ++l) total += search.lists.data[l].count;
+    if (total <= search.wanted) return {-__builtin_inf(), INT64_MAX};
+    return find_limit(search.lists.data, search.lists.count, search.wanted, search.wanted);
+  }
+
+  template <class F>
+  void each_entry(F&& f) const {
+    for (int64_t l = 0; l < search.lists.count; ++l) {
+      const List<double>& list = search.lists.data[l];
+      for (int64_t i = 0; i < list.count; ++i) {
+        const int64_t position = list.positions[i];
+        if (limit.keeps(list.values[i], position)) f(row_of(position), feature_of(position), list.values[i]);
+      }
+    }
+  }
+
+  // Returns the smallest score that was selected.
+  double count() const {
+    double lowest = __builtin_inf();
+    for (int64_t row = 0; row < args.rows; ++row) found.data[row] = fillers.data[row] = 0;
+    int64_t left = args.entries;
+    each_entry([&](int64_t row, int64_t, double score) {
+      ++found.data[row];
+      --left;
+      if (score < lowest) lowest = score;
+    });
+    // One entry for each broken row, the floor elsewhere, at last all there is of the broken rows.
+    const auto give = [&](bool to_broken, int64_t most, const Buffer<int64_t>& to) {
+      for (int64_t row = 0; row < args.rows && left > 0; ++row) {
+        if (search.broken[row] != to_broken) continue;
+        const int64_t given = smaller(most - found.data[row], left);
+        to.data[row] += given;
+        left -= given;
+        if (given > 0 && !to_broken) lowest = search.floor;
+      }
+    };
+    give(true, 1, found);
+    give(false, args.features, fillers);
+    give(true, args.features, found);
+    for (int64_t row = 0; row < args.rows; ++row) args.offsets[row + 1] = found.data[row] + fillers.data[row];
+    accumulate(args.offsets, args.rows);
+    return lowest;
+  }
+
+  void set(int64_t place, double value, int64_t feature) const {
+    store_score(values + place, value);
+    args.indices[place] = feature;
+  }
+
+  // A row's entries stand at its end; the lowest features that are not among them move in, in order.
+  void fill(int64_t row) const {
+    int64_t place = args.offsets[row], next = place + fillers.data[row];
+    for (int64_t feature = 0; place < next; ++feature) {
+      if (next < args.offsets[row + 1] && args.indices[next] == feature) {
+        values[place] = values[next];
+        args.indices[place++] = args.indices[next++];
+      } else {
+        set(place++, search.floor, feature);
+      }
+    }
+  }
+
+  void write() const {
+    store_score(static_cast<Compute<T>*>(args.threshold), count());
+    Buffer<int64_t> next(args.rows);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      next.data[row] = args.offsets[row] + fillers.data[row];
+      for (int64_t i = next.data[row]; search.broken[row] && i < args.offsets[row + 1]; ++i) {
+        set(i, __builtin_nan(""), 0);
+      }
+    }
+    each_entry([&](int64_t row, int64_t feature, double score) { set(next.data[row]++, score, feature); });
+    for (int64_t row = 0; row < args.rows; ++row) {
+      if (fillers.data[row] > 0) fill(row);
+    }
+  }
+};
+
+template <class T>
+void batch_topk_encode_rows(const BatchTopkEncode& args) {
+  const Scores<T> scores(args);
+  const ScanPlan<T> plan(scores);
+  const double floor = args.activation == Activation::relu ? 0 : -__builtin_inf();
+  const BrokenRows broken(args.rows);
+  // Broken rows must not compete. They are found on the way: then, and only then, the batch is searched once more.
+  for (int64_t known = 0;; known = broken.count()) {
+    const Lists<double> lists(plan.items());
+    const BatchSearch search{args.entries - known, floor, broken, lists};
+    parallel_for(search.wanted > 0 ? plan.items() : 0, 1, [&](int64_t begin, int64_t end) {
+      BatchSink<Compute<T>> sink{search};
+      Scanner<T, BatchSink<Compute<T>>>{scores, plan, broken, sink}.run(begin, end);
+    });
+    if (broken.count() == known) return BatchRows<T>{args, search}.write();
+  }
+}
+
+void batch_topk_encode(const BatchTopkEncode& args) {
+  if (args.entries > 0) {
+    return dispatch_dtype(args.dtype, [&]<class T>() { batch_topk_encode_rows<T>(args); });
+  }
+  for (int64_t row = 0; row <= args.rows; ++row) args.offsets[row] = 0;
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    store_score(static_cast<Compute<T>*>(args.threshold), __builtin_inf());
+  });
+}

@@ -1,0 +1,37 @@
+// Ragged sparse encoders on the CPU: all scores above a threshold, and the largest scores of a batch.
+//
+// The matrix product x · weightᵀ is never stored: scan.inl finds the few scores that may be wanted by an upper bound
+// that costs nothing beside the product, and scores those again in float64. So the result is exact, and the same bits
+// at every level and for every number of threads.
+//
+// Extra memory: for each thread a block of x (about 1 MB) and a panel of weights; and the entries that were found, 8
+// bytes and a value each. Batch top-k holds at most about 2 E entries for each thread.
+
+#include <new>
+
+#include "core/buffer.h"
+#include "core/dispatch.h"
+#include "core/parallel.h"
+#include "core/product.h"
+#include "core/score.h"
+#include "selection/kernels.h"
+#include "topk/select.h"
+
+namespace isthmus::ISTHMUS_LEVEL {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#include "selection/entries.inl"
+#include "selection/scan.inl"
+#include "selection/threshold.inl"
+#include "selection/batch.inl"
+
+}  // namespace
+
+extern const SelectionKernels selection_table;
+const SelectionKernels selection_table = {threshold_encode, batch_topk_encode};
+
+}  // namespace isthmus::ISTHMUS_LEVEL
