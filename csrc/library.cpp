@@ -114,9 +114,12 @@ void define_schemas(StableLibrary& m) {
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
 
   // sparse
-  m.def("topk_encode_backward(Tensor grad, Tensor x, Tensor weight, Tensor values, Tensor indices, str activation) -> (Tensor, Tensor, Tensor)");
-  m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor weight) -> (Tensor, Tensor, Tensor)");
+  m.def("latent_order(Tensor indices, SymInt num_features, Tensor? values, Tensor? offsets) -> (Tensor, Tensor, Tensor)");
+  m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts) -> Tensor");
+  m.def("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor weight, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts, bool need_values, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("sparse_encode_backward(Tensor grad, Tensor x, Tensor weight, Tensor indices, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("sparse_reconstruct(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor target, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts) -> (Tensor, Tensor)");
+  m.def("sparse_reconstruct_backward(Tensor? grad_reconstruction, Tensor grad_error, Tensor values, Tensor indices, Tensor weight, Tensor target, Tensor reconstruction, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts, bool need_values, bool need_weight, bool need_bias, bool need_target) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // bayes
   m.def("bayes_linear(Tensor x, Tensor weight_mean, Tensor weight_scale, Tensor? bias_mean, Tensor? bias_scale, Tensor key, str scale_type, str estimator) -> Tensor");

@@ -722,9 +722,9 @@ def test_wrong_arguments_are_told_what_was_expected(call, told):
 def test_indices_out_of_range_are_refused():
     rows, table = torch.ones(1, 2), torch.ones(5, 2)
     for call, lowest in (
-        (lambda indices: reference.vq_quantize(rows, table, indices=indices), -1),  # -1: no code
+        (lambda indices: reference.vq_quantize(rows, table, indices=indices), -1),  # -1: no code, an empty place
         (lambda indices: reference.code_statistics(rows, indices, 5), -1),
-        (lambda indices: reference.sparse_decode(torch.ones(1), indices, table), 0),
+        (lambda indices: reference.sparse_decode(torch.ones(1), indices, table), -1),
     ):
         for index in (lowest - 1, 5):
             with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):

@@ -1,132 +1,104 @@
 // Host entries of the sparse family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
 #include "op.h"
-#include "core/sort.h"
+#include "sparse/code.h"
 #include "sparse/kernels.h"
 
 namespace isthmus {
 namespace {
 
-Activation parse_activation(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "identity") return Activation::identity;
-  fail("activation is '", name, "'; expected 'relu' or 'identity'");
-}
-
 // A matrix [features, cols]; cols < 0 leaves the width free.
 void check_weight(const Tensor& weight, int64_t cols, const Tensor& like, const char* like_name) {
   if (weight.dim() != 2) fail("weight has shape ", shape_of(weight), "; expected [features, columns]");
   check_matrix(weight, "weight", -1, cols < 0 ? weight.size(1) : cols, like, like_name);
-  constexpr int64_t limit = int64_t(1) << 31;
-  if (weight.size(0) >= limit) fail("weight has ", weight.size(0), " rows; expected fewer than 2^31 features");
 }
 
-// On a GPU the kernels check, so that the host need not wait: a wrong index stops the device with a message.
-void check_indices(const Tensor& indices, const Tensor& values, const Tensor& weight) {
-  check_int64(indices, "indices");
-  check_device(indices, "indices", values, "values");
-  if (!same_shape(indices, values)) {
-    fail("indices has shape ", shape_of(indices), "; expected ", shape_of(values), ", like values");
-  }
-  if (indices.is_cuda()) return;
-  const Tensor entries = as_contiguous(indices);
-  const int64_t features = weight.size(0), wrong = find_outside(int64_data(entries), entries.numel(), features);
-  if (wrong >= 0) {
-    fail("indices holds ", int64_data(entries)[wrong], "; expected values in [0, ", features, "), the rows of weight");
-  }
+std::tuple<Tensor, Tensor, Tensor> latent_order(const Tensor& indices, int64_t num_features,
+                                                const OptionalTensor& values, const OptionalTensor& offsets) {
+  if (num_features < 0) fail("num_features is ", num_features, "; expected at least 0");
+  const SparseCode code(indices, offsets, num_features);
+  const OptionalTensor numbers = values ? OptionalTensor(code.check_numbers(*values, "values")) : std::nullopt;
+  const Order order = sort_latents(code, num_features, numbers);
+  return {order.entries, order.rows, order.starts};
 }
 
-// The memory a CUDA kernel works in; on the CPU a kernel takes its own.
-template <class Args>
-Tensor workspace_for([[maybe_unused]] const Args& args, const Tensor& like) {
-  int64_t bytes = 0;
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) bytes = cuda::sparse_workspace(args);
-#endif
-  return empty({bytes}, ScalarType::Byte, like);
-}
+// ---- decode --------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> topk_encode_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
-                                                        const Tensor& values_, const Tensor& indices_,
-                                                        const std::string& activation) {
-  const int64_t rows = values_.size(0), k = values_.size(1);
-  check_like(grad_, "grad", values_, "values");
-  check_matrix(x_, "x", rows, weight_.size(1), values_, "values");
-  check_weight(weight_, x_.size(1), values_, "values");
-  check_indices(indices_, values_, weight_);
-  const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_), weight = as_contiguous(weight_);
-  const Tensor values = as_contiguous(values_), indices = as_contiguous(indices_);
-  const ScalarType type = x.scalar_type();
-  const Tensor grad_x = empty(sizes_of(x), type, x), grad_weight = empty(sizes_of(weight), type, x);
-  const Tensor grad_bias = empty({weight.size(0)}, type, x);
-  TopkEncodeBackward args{.dtype = dtype_of(x, "x"),
-                          .activation = parse_activation(activation),
-                          .rows = rows,
-                          .cols = x.size(1),
-                          .features = weight.size(0),
-                          .k = k,
-                          .grad = data(grad),
-                          .x = data(x),
-                          .weight = data(weight),
-                          .values = data(values),
-                          .indices = int64_data(indices),
-                          .grad_x = mutable_data(grad_x),
-                          .grad_weight = mutable_data(grad_weight),
-                          .grad_bias = mutable_data(grad_bias),
-                          .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, x);
-  args.workspace = mutable_data(workspace);
-  ISTHMUS_LAUNCH(x, sparse, encode_backward, args);
-  return {grad_x, grad_weight, grad_bias};
-}
-
-Tensor sparse_decode(const Tensor& values_, const Tensor& indices_, const Tensor& weight_,
-                     const OptionalTensor& bias_) {
-  if (values_.dim() != 2) fail("values has shape ", shape_of(values_), "; expected [rows, k]");
+std::tuple<Tensor, Tensor> run_decode(const Tensor& values_, const Tensor& indices, const Tensor& weight_,
+                                      const OptionalTensor& bias_, const OptionalTensor& target_,
+                                      const OptionalTensor& offsets) {
   check_weight(weight_, -1, values_, "values");
-  const int64_t rows = values_.size(0), cols = weight_.size(1);
-  check_indices(indices_, values_, weight_);
-  if (bias_) check_vector(*bias_, "bias", cols, values_, "values");
-  const Tensor values = as_contiguous(values_), indices = as_contiguous(indices_), weight = as_contiguous(weight_);
-  const OptionalTensor bias = as_contiguous(bias_);
+  const SparseCode code(indices, offsets, weight_.size(0));
+  const Tensor values = code.check_numbers(values_, "values"), weight = as_contiguous(weight_);
+  const int64_t rows = code.rows(), cols = weight.size(1);
+  if (bias_) check_vector(*bias_, "bias", cols, values, "values");
+  if (target_) check_matrix(*target_, "target", rows, cols, values, "values");
+  const OptionalTensor bias = as_contiguous(bias_), target = as_contiguous(target_);
   const Tensor out = empty({rows, cols}, values.scalar_type(), values);
+  const Tensor squared_error = empty({target ? rows : 0}, accumulate_type(values), values);
   const SparseDecode args{.dtype = dtype_of(values, "values"),
-                          .rows = rows,
+                          .code = code.layout(),
                           .cols = cols,
                           .features = weight.size(0),
-                          .k = values.size(1),
                           .values = data(values),
-                          .indices = int64_data(indices),
                           .weight = data(weight),
                           .bias = data(bias),
-                          .out = mutable_data(out)};
+                          .target = data(target),
+                          .out = mutable_data(out),
+                          .squared_error = target ? mutable_data(squared_error) : nullptr};
   ISTHMUS_LAUNCH(values, sparse, decode, args);
-  return out;
+  return {out, squared_error};
 }
 
+// The order is for the gradient; nothing here needs it.
+Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& offsets, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&) {
+  return std::get<0>(run_decode(values, indices, weight, bias, std::nullopt, offsets));
+}
+
+std::tuple<Tensor, Tensor> sparse_reconstruct(const Tensor& values, const Tensor& indices, const Tensor& weight,
+                                              const OptionalTensor& bias, const Tensor& target,
+                                              const OptionalTensor& offsets, const OptionalTensor&,
+                                              const OptionalTensor&, const OptionalTensor&) {
+  return run_decode(values, indices, weight, bias, target, offsets);
+}
+
+// ---- gradients -----------------------------------------------------------------------------------------------------
+
+// A gradient to fill, or none.
+Tensor gradient(bool wanted, const std::vector<int64_t>& sizes, const Tensor& like) {
+  return wanted ? empty(sizes, like.scalar_type(), like) : absent(like);
+}
+void* wanted_data(bool wanted, const Tensor& t) { return wanted ? mutable_data(t) : nullptr; }
+
 std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, const Tensor& values_,
-                                                          const Tensor& indices_, const Tensor& weight_) {
-  const int64_t rows = values_.size(0);
+                                                          const Tensor& indices, const Tensor& weight_,
+                                                          const OptionalTensor& offsets, const OptionalTensor& entries,
+                                                          const OptionalTensor& rows, const OptionalTensor& starts,
+                                                          bool need_values, bool need_weight, bool need_bias) {
   check_weight(weight_, -1, values_, "values");
-  check_matrix(grad_, "grad", rows, weight_.size(1), values_, "values");
-  check_indices(indices_, values_, weight_);
-  const Tensor grad = as_contiguous(grad_), weight = as_contiguous(weight_);
-  const Tensor values = as_contiguous(values_), indices = as_contiguous(indices_);
-  const ScalarType type = values.scalar_type();
-  const Tensor grad_values = empty(sizes_of(values), type, values), grad_weight = empty(sizes_of(weight), type, values);
-  const Tensor grad_bias = empty({weight.size(1)}, type, values);
+  const int64_t features = weight_.size(0), cols = weight_.size(1);
+  const SparseCode code(indices, offsets, features);
+  const Tensor values = code.check_numbers(values_, "values"), weight = as_contiguous(weight_);
+  check_matrix(grad_, "grad", code.rows(), cols, values, "values");
+  const Tensor grad = as_contiguous(grad_);
+  const std::optional<Order> order =
+      need_weight ? std::optional(order_of(code, features, entries, rows, starts)) : std::nullopt;
+  const Tensor grad_values = gradient(need_values, sizes_of(values), values);
+  const Tensor grad_weight = gradient(need_weight, sizes_of(weight), values);
+  const Tensor grad_bias = gradient(need_bias, {cols}, values);
   SparseDecodeBackward args{.dtype = dtype_of(values, "values"),
-                            .rows = rows,
-                            .cols = weight.size(1),
-                            .features = weight.size(0),
-                            .k = values.size(1),
+                            .code = code.layout(),
+                            .order = order ? order->view() : LatentOrder{},
+                            .cols = cols,
+                            .features = features,
                             .grad = data(grad),
                             .values = data(values),
-                            .indices = int64_data(indices),
                             .weight = data(weight),
-                            .grad_values = mutable_data(grad_values),
-                            .grad_weight = mutable_data(grad_weight),
-                            .grad_bias = mutable_data(grad_bias),
+                            .grad_values = wanted_data(need_values, grad_values),
+                            .grad_weight = wanted_data(need_weight, grad_weight),
+                            .grad_bias = wanted_data(need_bias, grad_bias),
                             .workspace = nullptr};
   const Tensor workspace = workspace_for(args, values);
   args.workspace = mutable_data(workspace);
@@ -134,12 +106,85 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, c
   return {grad_values, grad_weight, grad_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> sparse_encode_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
+                                                          const Tensor& indices, const OptionalTensor& offsets,
+                                                          const OptionalTensor& entries, const OptionalTensor& rows,
+                                                          const OptionalTensor& starts, bool need_x, bool need_weight,
+                                                          bool need_bias) {
+  check_weight(weight_, -1, grad_, "grad");
+  const int64_t features = weight_.size(0), cols = weight_.size(1);
+  const SparseCode code(indices, offsets, features);
+  const Tensor grad = code.check_numbers(grad_, "grad"), weight = as_contiguous(weight_);
+  check_matrix(x_, "x", code.rows(), cols, grad, "grad");
+  const Tensor x = as_contiguous(x_);
+  const std::optional<Order> order =
+      need_weight || need_bias ? std::optional(order_of(code, features, entries, rows, starts)) : std::nullopt;
+  const Tensor grad_x = gradient(need_x, sizes_of(x), x);
+  const Tensor grad_weight = gradient(need_weight, sizes_of(weight), x);
+  const Tensor grad_bias = gradient(need_bias, {features}, x);
+  SparseEncodeBackward args{.dtype = dtype_of(x, "x"),
+                            .code = code.layout(),
+                            .order = order ? order->view() : LatentOrder{},
+                            .cols = cols,
+                            .features = features,
+                            .grad = data(grad),
+                            .x = data(x),
+                            .weight = data(weight),
+                            .grad_x = wanted_data(need_x, grad_x),
+                            .grad_weight = wanted_data(need_weight, grad_weight),
+                            .grad_bias = wanted_data(need_bias, grad_bias),
+                            .workspace = nullptr};
+  const Tensor workspace = workspace_for(args, x);
+  args.workspace = mutable_data(workspace);
+  ISTHMUS_LAUNCH(x, sparse, encode_backward, args);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_reconstruct_backward(
+    const OptionalTensor& grad_reconstruction_, const Tensor& grad_error_, const Tensor& values, const Tensor& indices,
+    const Tensor& weight, const Tensor& target_, const Tensor& reconstruction_, const OptionalTensor& offsets,
+    const OptionalTensor& entries, const OptionalTensor& order_rows, const OptionalTensor& starts, bool need_values,
+    bool need_weight, bool need_bias, bool need_target) {
+  if (target_.dim() != 2) fail("target has shape ", shape_of(target_), "; expected [rows, columns]");
+  const int64_t rows = target_.size(0), cols = target_.size(1);
+  check_like(reconstruction_, "reconstruction", target_, "target");
+  if (grad_reconstruction_) check_like(*grad_reconstruction_, "grad_reconstruction", target_, "target");
+  check_device(grad_error_, "grad_error", target_, "target");
+  if (grad_error_.scalar_type() != accumulate_type(target_)) {
+    fail("grad_error has dtype ", name_of(grad_error_.scalar_type()), "; expected ", name_of(accumulate_type(target_)));
+  }
+  if (grad_error_.dim() != 1 || grad_error_.size(0) != rows) {
+    fail("grad_error has shape ", shape_of(grad_error_), "; expected [", rows, "]");
+  }
+  const Tensor target = as_contiguous(target_), reconstruction = as_contiguous(reconstruction_);
+  const Tensor grad_error = as_contiguous(grad_error_);
+  const OptionalTensor grad_reconstruction = as_contiguous(grad_reconstruction_);
+  const Tensor grad = empty({rows, cols}, target.scalar_type(), target);
+  const Tensor grad_target = gradient(need_target, {rows, cols}, target);
+  const ReconstructionGradient args{.dtype = dtype_of(target, "target"),
+                                    .rows = rows,
+                                    .cols = cols,
+                                    .grad_reconstruction = data(grad_reconstruction),
+                                    .grad_error = data(grad_error),
+                                    .reconstruction = data(reconstruction),
+                                    .target = data(target),
+                                    .grad = mutable_data(grad),
+                                    .grad_target = wanted_data(need_target, grad_target)};
+  ISTHMUS_LAUNCH(target, sparse, reconstruction_gradient, args);
+  const auto [grad_values, grad_weight, grad_bias] = sparse_decode_backward(
+      grad, values, indices, weight, offsets, entries, order_rows, starts, need_values, need_weight, need_bias);
+  return {grad_values, grad_weight, grad_bias, grad_target};
+}
+
 }  // namespace
 
 void register_sparse(StableLibrary& m) {
-  m.impl("topk_encode_backward", TORCH_BOX(&topk_encode_backward));
+  m.impl("latent_order", TORCH_BOX(&latent_order));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_decode_backward", TORCH_BOX(&sparse_decode_backward));
+  m.impl("sparse_encode_backward", TORCH_BOX(&sparse_encode_backward));
+  m.impl("sparse_reconstruct", TORCH_BOX(&sparse_reconstruct));
+  m.impl("sparse_reconstruct_backward", TORCH_BOX(&sparse_reconstruct_backward));
 }
 
 }  // namespace isthmus

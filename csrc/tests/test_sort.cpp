@@ -37,7 +37,7 @@ std::vector<int64_t> draw(Usage usage, int64_t items, int64_t groups) {
 }
 
 // Per group: how many items, their sum, and the last one (order matters to it alone).
-std::vector<double> sums_of(const Groups& groups, int64_t width) {
+std::vector<double> sums_of(const SortedItems& groups, int64_t width) {
   std::vector<double> result(static_cast<size_t>(3 * groups.count), -1);
   sum_groups<double>(
       groups, width,
@@ -60,14 +60,15 @@ void test_groups(Usage usage, int64_t items, int64_t count, int64_t width = 3) {
   }
   std::vector<double> first;
   for (pieces = 1; pieces <= 7; pieces += 3) {
-    const Groups groups(index.data(), items, count);
+    const Groups sorted(index.data(), items, count);
+    const SortedItems groups = sorted;
     const auto left_out = std::count(index.begin(), index.end(), int64_t(-1));
-    CHECK(groups.starts.data[0] == 0 && groups.num_items() == items - left_out);
+    CHECK(groups.starts[0] == 0 && groups.num_items() == items - left_out);
     for (int64_t g = 0; g < count; ++g) {
-      for (int64_t i = groups.starts.data[g]; i < groups.starts.data[g + 1]; ++i) {
-        const int64_t item = groups.items.data[i];
+      for (int64_t i = groups.starts[g]; i < groups.starts[g + 1]; ++i) {
+        const int64_t item = groups.items[i];
         CHECK(item >= 0 && item < items && index[static_cast<size_t>(item)] == g);
-        CHECK(i == groups.starts.data[g] || groups.items.data[i - 1] < item);
+        CHECK(i == groups.starts[g] || groups.items[i - 1] < item);
         CHECK(groups.group_at(i) == g);
       }
     }

@@ -200,15 +200,15 @@ def test_decode_gradients_with_hot_latents(rows, dim, features, k, isa, device):
 def test_hot_latents_are_bitwise_repeatable():
     indices = hot_latents(3000, 2, 40)
     values, weight, grad = torch.randn(3000, 2), torch.randn(40, 70), torch.randn(3000, 70)
-    args = grad, values, indices, weight
+    args = grad, values, indices, weight, *[None] * 4, True, True, True
     torch.set_num_threads(1)
     expected = torch.ops.isthmus.sparse_decode_backward(*args)
-    encoder = (values, grad, weight, values.abs(), indices, "identity")
-    expected_encoder = torch.ops.isthmus.topk_encode_backward(*encoder)
+    encoder = values, grad, weight, indices, *[None] * 4, True, True, True
+    expected_encoder = torch.ops.isthmus.sparse_encode_backward(*encoder)
     for threads in (2, 7):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, torch.ops.isthmus.sparse_decode_backward(*args), expected))
-        assert all(map(torch.equal, torch.ops.isthmus.topk_encode_backward(*encoder), expected_encoder))
+        assert all(map(torch.equal, torch.ops.isthmus.sparse_encode_backward(*encoder), expected_encoder))
 
 
 @pytest.mark.parametrize("activation", ("relu", "identity"))
@@ -296,9 +296,9 @@ def test_bad_arguments():
         ops.topk_encode(x.int(), weight.int(), None, 2)
 
     values, indices = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.int64)
-    for wrong in (-1, 10, 2**40):
+    for wrong in (-2, 10, 2**40):
         indices[3, 1] = wrong
-        with pytest.raises(RuntimeError, match=rf"indices holds {wrong}; expected values in \[0, 10\)"):
+        with pytest.raises(RuntimeError, match=rf"indices holds {wrong}; expected values in \[-1, 10\)"):
             ops.sparse_decode(values, indices, weight)
     with pytest.raises(ValueError, match=r"indices has shape \[2, 4\]; expected \[4, 2\]"):
         ops.sparse_decode(values, indices.T, weight)

@@ -4,15 +4,8 @@ import torch
 from torch import Tensor
 
 from isthmus.ops._arguments import as_rows, check_choice
-from isthmus.ops._register import (
-    eager,
-    gradient_of,
-    none_if_absent,
-    register_autocast,
-    register_gradient,
-    register_second_order,
-    register_vmap_by_loop,
-)
+from isthmus.ops._register import register_autocast, register_gradient, register_vmap_by_loop
+from isthmus.ops.sparse import encode_gradients
 
 
 def topk_encode(
@@ -69,46 +62,27 @@ def _(x, weight, bias, k, activation):
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.register_fake("isthmus::topk_encode_backward")
-def _(grad, x, weight, values, indices, activation):
-    shapes = (x.shape, weight.shape, (weight.shape[0],))
-    return tuple(x.new_empty(shape) for shape in shapes)
-
-
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-_topk_encode_backward = eager("topk_encode_backward")
 
 
 def _encode_setup(ctx, inputs, output):
-    x, weight, bias, _, activation = inputs
+    x, weight, _, _, activation = inputs
     values, indices = output
-    ctx.has_bias, ctx.activation = bias is not None, activation
+    ctx.activation = activation
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, weight, values, indices)
 
 
 def _encode_backward(ctx, grad, _):
-    grads = _topk_encode_backward(grad, *ctx.saved_tensors, ctx.activation)
-    return grads[0], grads[1], none_if_absent(grads[2], ctx.has_bias), None, None
+    x, weight, values, indices = ctx.saved_tensors
+    if ctx.activation == "relu":
+        grad = torch.where(values > 0, grad, 0)
+    grads = encode_gradients(grad, x, weight, indices, None, None, ctx.needs_input_grad[:3])
+    return *grads, None, None
 
 
 _topk_encode = register_gradient("topk_encode", _encode_backward, _encode_setup)
 
 
-def _encode_gradients(grad, x, weight, values, indices, activation):
-    # With the selection fixed and relu's mask known, the values are bilinear in x and weight.
-    def selected(x, weight, bias):
-        return torch.einsum("nd,nkd->nk", x, weight[indices]) + bias[indices]
-
-    if activation == "relu":
-        grad = torch.where(values > 0, grad, 0)
-    bias = torch.zeros_like(weight[:, 0], requires_grad=True)
-    return gradient_of(selected, (x, weight, bias), grad)
-
-
-register_second_order("topk_encode_backward", _encode_gradients)
-
 register_autocast("topk_encode")
 register_vmap_by_loop("topk_encode")
-register_vmap_by_loop("topk_encode_backward")

@@ -37,10 +37,11 @@ from isthmus.reference.scalar import (
     pack_indices,
     unpack_indices,
 )
-from isthmus.reference.sparse import sparse_decode
+from isthmus.reference.sparse import LatentOrder, latent_order, sparse_decode, sparse_reconstruct
 from isthmus.reference.topk import topk_encode
 
 __all__ = [
+    "LatentOrder",
     "aggregate_log_prob",
     "bayes_linear",
     "binary_map",
@@ -63,6 +64,7 @@ __all__ = [
     "gumbel_softmax",
     "gumbel_softmax_kl",
     "latent_decode",
+    "latent_order",
     "latent_quantize",
     "lfq_code_counts",
     "lfq_decode",
@@ -75,6 +77,7 @@ __all__ = [
     "residual_code_totals",
     "residual_vq_quantize",
     "sparse_decode",
+    "sparse_reconstruct",
     "topk_encode",
     "unpack_indices",
     "update_codebook_",

@@ -1,0 +1,99 @@
+// Decoding: each row of the result is a sum of rows of the weight matrix, held in registers while they pass.
+
+namespace isthmus::ISTHMUS_LEVEL {
+namespace {
+
+constexpr int64_t prefetch_ahead = 8;  // entries
+
+// Columns held in registers while the rows pass: 16 accumulators of 32 registers, or 8 of 16.
+#if defined(__AVX512F__)
+constexpr int block_vectors = 16;
+#else
+constexpr int block_vectors = 8;
+#endif
+
+// What makes the rows of a result: Σ_e values[e] · weight[indices[e]], plus bias unless null. With a target, unless
+// null, each row comes with its squared distance from it.
+template <class T>
+struct Decoder {
+  using C = Compute<T>;
+
+  const CodeLayout& code;
+  int64_t cols;
+  const T *values, *weight, *bias, *target;
+
+  // The columns from c on that Vectors vectors hold, of the row with the entries first … last - 1; only a single vector
+  // may be less than full. Rows up to `known` may be prefetched: towards the end of a row, what it fetches are the same
+  // columns for the next one. Returns lane sums of the squared distance.
+  template <int Vectors>
+  Vec<C> columns(int64_t first, int64_t last, int64_t known, int64_t c, const T* goal, T* out) const {
+    const auto read = [&](const T* row, int v) {
+      return Vectors == 1 ? load_first(row + c, cols - c) : load(row + c + v * lanes<C>);
+    };
+    Vec<C> acc[Vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) acc[v] = bias != nullptr ? read(bias, v) : Vec<C>{};
+    for (int64_t e = first; e < last; ++e) {
+      const int64_t soon = code.indices[smaller(e + prefetch_ahead, known - 1)], latent = code.indices[e];
+      const char* ahead = reinterpret_cast<const char*>(weight + larger(soon, 0) * cols + c);
+      for (size_t byte = 0; byte < Vectors * lanes<C> * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+      if (latent < 0) continue;
+      const T* row = weight + latent * cols;
+      const C value = load_one(values + e);
+#pragma GCC unroll 16
+      for (int v = 0; v < Vectors; ++v) acc[v] += value * read(row, v);
+    }
+    Vec<C> squares = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) {
+      Vectors == 1 ? store_first(out + c, acc[v], cols - c) : store(out + c + v * lanes<C>, acc[v]);
+      if (goal != nullptr) {
+        const Vec<C> error = read(goal, v) - acc[v];  // behind the last column both are zero
+        squares += error * error;
+      }
+    }
+    return squares;
+  }
+
+  C row(int64_t n, int64_t known, T* out) const {
+    const int64_t first = first_entry(code, n), last = first_entry(code, n + 1);
+    const T* goal = target != nullptr ? target + n * cols : nullptr;
+    Vec<C> squares = {};
+    int64_t c = 0;
+    const auto pass = [&]<int Vectors>() {
+      constexpr int64_t width = Vectors * lanes<C>;
+      for (; Vectors == 1 ? c < cols : c + width <= cols; c += width) {
+        squares += columns<Vectors>(first, last, known, c, goal, out);
+      }
+    };
+    pass.template operator()<block_vectors>();
+    pass.template operator()<4>();
+    pass.template operator()<1>();
+    return sum_lanes<C>(squares);
+  }
+
+  void run(T* out, C* squared_error) const {
+    parallel_for(code.rows, row_grain(code, cols), [&](int64_t begin, int64_t end) {
+      const int64_t known = first_entry(code, end);
+      for (int64_t n = begin; n < end; ++n) {
+        const C distance = row(n, known, out + n * cols);
+        if (squared_error != nullptr) squared_error[n] = distance;
+      }
+    });
+  }
+};
+
+void decode(const SparseDecode& args) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    const Decoder<T> decoder{args.code,
+                             args.cols,
+                             static_cast<const T*>(args.values),
+                             static_cast<const T*>(args.weight),
+                             static_cast<const T*>(args.bias),
+                             static_cast<const T*>(args.target)};
+    decoder.run(static_cast<T*>(args.out), static_cast<Compute<T>*>(args.squared_error));
+  });
+}
+
+}  // namespace
+}  // namespace isthmus::ISTHMUS_LEVEL
