@@ -1,0 +1,1 @@
+"""`isthmus train sae`: a dictionary for activations that lie in shards, and the page of its features."""
