@@ -746,6 +746,7 @@ def test_indices_out_of_range_are_refused():
         "scalar",
         "topk",
         "sparse",
+        "adam",
         "bayes",
     ],
 )

@@ -3,6 +3,7 @@
 The generic tests (test_every_op.py) run over all of them; what is particular to a family stands in tests/ops/.
 """
 
+from cases.adam import adam_cases
 from cases.assignment import assignment_cases
 from cases.bayes import bayes_cases
 from cases.case import Case, as_tuple
@@ -29,5 +30,6 @@ CASES = (
     + scalar_cases()
     + topk_cases()
     + sparse_cases()
+    + adam_cases()
     + bayes_cases()
 )

@@ -1,6 +1,7 @@
 """The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
 
 from isthmus.ops._code_entropy import bit_entropy, code_entropy, lfq_code_counts
+from isthmus.ops.adam import adam_rows_
 from isthmus.ops.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.ops.bayes import bayes_linear
 from isthmus.ops.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
@@ -31,6 +32,7 @@ from isthmus.ops.sparse import LatentOrder, latent_order, sparse_decode, sparse_
 from isthmus.ops.topk import topk_encode
 
 __all__ = [
+    "adam_rows_",
     "LatentOrder",
     "aggregate_log_prob",
     "bayes_linear",

@@ -5,6 +5,7 @@ too. Two things differ. What is random there takes its ``noise`` as a tensor her
 searches also accepts the ``indices`` of an earlier search, to hold a selection fixed.
 """
 
+from isthmus.reference.adam import adam_rows_
 from isthmus.reference.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.reference.bayes import bayes_linear
 from isthmus.reference.categorical import categorical_kl, gumbel_noise, gumbel_softmax, gumbel_softmax_kl
@@ -41,6 +42,7 @@ from isthmus.reference.sparse import LatentOrder, latent_order, sparse_decode, s
 from isthmus.reference.topk import topk_encode
 
 __all__ = [
+    "adam_rows_",
     "LatentOrder",
     "aggregate_log_prob",
     "bayes_linear",
