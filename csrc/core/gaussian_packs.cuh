@@ -7,28 +7,13 @@
 #pragma once
 
 #include "core/gaussians.h"
-#include "core/launch.cuh"
 #include "core/normal.cuh"
+#include "core/packs.cuh"
 
 namespace isthmus::cuda {
 namespace {
 
 // ---- access --------------------------------------------------------------------------------------------------------
-
-template <class T, int N>
-__device__ __forceinline__ void load(const T* from, Compute<T> (&out)[N]) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
-#pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = to_compute(pack.values[j]);
-}
-
-template <class T, int N>
-__device__ __forceinline__ void store(T* to, const Compute<T> (&values)[N]) {
-  Pack<T, N> pack;
-#pragma unroll
-  for (int j = 0; j < N; ++j) pack.values[j] = from_compute<T>(values[j]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
-}
 
 template <class C, int N>
 __device__ __forceinline__ void fill(C value, C (&out)[N]) {

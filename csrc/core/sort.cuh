@@ -152,8 +152,7 @@ __device__ __forceinline__ void store_partial(C* sums, int64_t column, const C (
 }
 
 template <class C, class Body>
-__global__ void __launch_bounds__(sort_threads)
-    sum_chunks_kernel(SortedItems groups, SumsLayout<C> layout, Body body) {
+__global__ void __launch_bounds__(sort_threads) sum_chunks_kernel(SortedItems groups, SumsLayout<C> layout, Body body) {
   constexpr int n = Body::pack;
   const int64_t teams = sort_threads / layout.threads;
   const int64_t chunk = blockIdx.x * teams + threadIdx.x / layout.threads;
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(sort_threads)
   for (int64_t k = threadIdx.x % layout.threads * n; k < layout.width; k += layout.threads * n) {
     for (int64_t i = first; i < last;) {
       const int64_t g = groups.group_at(i), begin = groups.starts[g], end = groups.starts[g + 1];
-      const bool enters = begin < first, leaves = end > last;
+      const bool enters = begin<first, leaves = end> last;
       const int64_t stop = leaves ? last : end;
       C sum[n] = {};
 #pragma unroll 4
