@@ -20,6 +20,7 @@ void register_residual(StableLibrary&);
 void register_assignment(StableLibrary&);
 void register_scalar(StableLibrary&);
 void register_topk(StableLibrary&);
+void register_selection(StableLibrary&);
 void register_sparse(StableLibrary&);
 void register_adam(StableLibrary&);
 void register_bayes(StableLibrary&);
@@ -114,6 +115,10 @@ void define_schemas(StableLibrary& m) {
   // topk
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
 
+  // selection
+  m.def("threshold_encode(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt entries, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // sparse
   m.def("latent_order(Tensor indices, SymInt num_features, Tensor? values, Tensor? offsets) -> (Tensor, Tensor, Tensor)");
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts) -> Tensor");
@@ -122,7 +127,9 @@ void define_schemas(StableLibrary& m) {
   m.def("sparse_reconstruct(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor target, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts) -> (Tensor, Tensor)");
   m.def("sparse_reconstruct_backward(Tensor? grad_reconstruction, Tensor grad_error, Tensor values, Tensor indices, Tensor weight, Tensor target, Tensor reconstruction, Tensor? offsets, Tensor? entries, Tensor? rows, Tensor? starts, bool need_values, bool need_weight, bool need_bias, bool need_target) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // adam
   m.def("adam_rows_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay, bool unit_norm, bool skip_zero_rows) -> ()");
+
   // bayes
   m.def("bayes_linear(Tensor x, Tensor weight_mean, Tensor weight_scale, Tensor? bias_mean, Tensor? bias_scale, Tensor key, str scale_type, str estimator) -> Tensor");
   m.def("bayes_linear_backward(Tensor grad, Tensor x, Tensor weight_mean, Tensor weight_scale, Tensor? bias_scale, Tensor key, str scale_type, str estimator) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -141,6 +148,7 @@ void register_kernels(StableLibrary& m) {
   register_assignment(m);
   register_scalar(m);
   register_topk(m);
+  register_selection(m);
   register_sparse(m);
   register_adam(m);
   register_bayes(m);

@@ -745,6 +745,7 @@ def test_indices_out_of_range_are_refused():
         "residual",
         "scalar",
         "topk",
+        "selection",
         "sparse",
         "adam",
         "bayes",

@@ -245,7 +245,6 @@ void batch_topk_encode(const BatchTopkEncode& args) {
     return dispatch_dtype(args.dtype, [&]<class T>() { batch_topk_encode_rows<T>(args); });
   }
   for (int64_t row = 0; row <= args.rows; ++row) args.offsets[row] = 0;
-  dispatch_dtype(args.dtype, [&]<class T>() {
-    store_score(static_cast<Compute<T>*>(args.threshold), __builtin_inf());
-  });
+  dispatch_dtype(args.dtype,
+                 [&]<class T>() { store_score(static_cast<Compute<T>*>(args.threshold), __builtin_inf()); });
 }

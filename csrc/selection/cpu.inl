@@ -26,8 +26,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #include "selection/entries.inl"
 #include "selection/scan.inl"
-#include "selection/threshold.inl"
+
 #include "selection/batch.inl"
+#include "selection/threshold.inl"
 
 }  // namespace
 

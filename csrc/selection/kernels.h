@@ -49,7 +49,7 @@ struct BatchTopkEncode {
   void* values;                  // [entries]
   int64_t* indices;              // [entries]
   int64_t* offsets;              // [rows + 1]
-  void* threshold;               // one number of accumulate_dtype(dtype): the smallest that was selected, inf if none was
+  void* threshold;               // of accumulate_dtype(dtype): the smallest score selected, infinity if there is none
   void* workspace;               // CUDA: selection_workspace() bytes
 };
 

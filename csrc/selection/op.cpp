@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk_encode(const Tensor& x, co
   const Encoder encoder(x, weight, bias);
   const int64_t rows = encoder.rows(), features = encoder.features();
   if (entries < 0 || (rows == 0 ? entries > 0 : (entries + rows - 1) / rows > features)) {
-    fail("entries is ", entries, "; expected 0 to rows * features, ", rows, " * ", features);
+    fail("k asks for ", entries, " entries of ", rows, " rows; expected 0 to ", features,
+         " for each, the number of features");
   }
   const Tensor values = empty({entries}, x.scalar_type(), x), indices = empty({entries}, ScalarType::Long, x);
   const Tensor offsets = empty({rows + 1}, ScalarType::Long, x), threshold = empty({}, accumulate_type(x), x);

@@ -23,7 +23,6 @@ constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
 template <class C>
 constexpr double raise = 1 + 64 * rounding_unit<C>;
 
-
 template <class C>
 constexpr C largest_finite = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__);
 
@@ -99,8 +98,8 @@ struct Bound {
     enlarge = static_cast<C>((1 + share) * raise<C>);
   }
 
-  // Of a row, by its squared length: what multiplies |w|, and what stands alone. The scores of a row of zeros are exact,
-  // and where there is nothing to find none of them is scored again. (No square of a float vanishes in float64.)
+  // Of a row, by its squared length: what multiplies |w|, and what stands alone. The scores of a row of zeros are
+  // exact, and where there is nothing to find none of them is scored again. (No square of a float vanishes in float64.)
   void of_row(double square, C& slope, C& absolute) const {
     if (sizeof(C) == 4 && square == 0) {
       slope = absolute = 0;

@@ -14,6 +14,7 @@ from cases.likelihood import likelihood_cases
 from cases.pairwise import pairwise_cases
 from cases.residual import residual_cases
 from cases.scalar import scalar_cases
+from cases.selection import selection_cases
 from cases.sparse import sparse_cases
 from cases.topk import topk_cases
 
@@ -29,6 +30,7 @@ CASES = (
     + residual_cases()
     + scalar_cases()
     + topk_cases()
+    + selection_cases()
     + sparse_cases()
     + adam_cases()
     + bayes_cases()

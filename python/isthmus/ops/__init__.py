@@ -28,13 +28,15 @@ from isthmus.ops.scalar import (
     pack_indices,
     unpack_indices,
 )
+from isthmus.ops.selection import batch_topk_encode, threshold_encode
 from isthmus.ops.sparse import LatentOrder, latent_order, sparse_decode, sparse_reconstruct
 from isthmus.ops.topk import topk_encode
 
 __all__ = [
-    "adam_rows_",
     "LatentOrder",
+    "adam_rows_",
     "aggregate_log_prob",
+    "batch_topk_encode",
     "bayes_linear",
     "binary_map",
     "bit_entropy",
@@ -72,6 +74,7 @@ __all__ = [
     "residual_vq_quantize",
     "sparse_decode",
     "sparse_reconstruct",
+    "threshold_encode",
     "topk_encode",
     "unpack_indices",
     "update_codebook_",

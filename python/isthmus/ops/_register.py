@@ -28,8 +28,14 @@ def register_vmap_by_loop(name: str) -> None:
             result = op(*chosen)
             return result if isinstance(result, tuple) else (result,)
 
+        def stack(column: tuple[Tensor, ...]) -> Tensor:
+            shapes = {tuple(t.shape) for t in column}
+            if len(shapes) > 1:
+                raise ValueError(f"{name} gave shapes {sorted(shapes)} under vmap; expected the same for all")
+            return torch.stack(column)
+
         columns = zip(*(entry(i) for i in range(info.batch_size)), strict=True)
-        stacked = tuple(torch.stack(column) for column in columns)
+        stacked = tuple(map(stack, columns))
         return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
     torch.library.register_vmap(f"isthmus::{name}", rule)

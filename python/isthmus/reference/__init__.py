@@ -38,13 +38,15 @@ from isthmus.reference.scalar import (
     pack_indices,
     unpack_indices,
 )
+from isthmus.reference.selection import batch_topk_encode, threshold_encode
 from isthmus.reference.sparse import LatentOrder, latent_order, sparse_decode, sparse_reconstruct
 from isthmus.reference.topk import topk_encode
 
 __all__ = [
-    "adam_rows_",
     "LatentOrder",
+    "adam_rows_",
     "aggregate_log_prob",
+    "batch_topk_encode",
     "bayes_linear",
     "binary_map",
     "categorical_kl",
@@ -80,6 +82,7 @@ __all__ = [
     "residual_vq_quantize",
     "sparse_decode",
     "sparse_reconstruct",
+    "threshold_encode",
     "topk_encode",
     "unpack_indices",
     "update_codebook_",

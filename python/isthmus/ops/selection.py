@@ -1,0 +1,154 @@
+"""Ragged sparse codes: everything above a threshold, or the best of a whole batch, without stored pre-activations."""
+
+import torch
+from torch import Tensor
+
+from isthmus.ops._arguments import accumulate_dtype, as_rows, check_choice
+from isthmus.ops._register import register_autocast, register_gradient, register_vmap_by_loop
+from isthmus.ops.sparse import encode_gradients
+
+
+def threshold_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pre-activations ``x @ weight.T + bias`` above a threshold, as a ragged code.
+
+    The encoder of sparse autoencoders whose number of active features varies: threshold 0 is ReLU, a threshold for each
+    feature is JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435) or the gate of a gated encoder (arXiv 2404.16014),
+    a running mean of the thresholds of ``batch_topk_encode`` is BatchTopK at inference. The [N, F] pre-activations
+    never exist. Exact: an entry is there if its float64 score is greater than the threshold. O(N F D) time, O(E) memory
+    forward and backward.
+
+    What a dense code saves is saved as long as it is sparse. E may come to N F / 2, as it does early in training: then
+    each of these entries is scored a second time, in float64, which takes about five times as long as the product, and
+    values and indices take 12 bytes an entry in float32, 24 while they are put in order.
+
+    Args:
+        x: [*, D]; float32, float64, bfloat16 or float16. Its rows are counted in order, N in all.
+        weight: [F, D], dtype of ``x``; row f is what feature f listens to. F < 2³¹.
+        bias: [F], dtype of ``x``, or None.
+        threshold: [F] or [], of any floating dtype, or a number. Infinity switches a feature off.
+
+    Returns:
+        values [E] of the dtype of ``x``: the float64 scores, rounded once. indices [E], int64: their features. offsets
+        [N + 1], int64: row n has the entries ``offsets[n]`` to ``offsets[n + 1] - 1``, in ascending order of feature.
+        A row with a NaN among its pre-activations gives one entry, of value NaN and index 0; other rows are not
+        affected. All bits are the same for every instruction set and number of threads.
+
+    Gradients:
+        To ``x``, ``weight`` and ``bias`` through the entries, the selection held fixed; only those asked for are
+        computed. None to ``threshold``: its estimators need entries on both sides of it, which a call with a lower
+        threshold gives. Twice differentiable. A row of NaN reaches the gradient of feature 0 only.
+
+    Compilation:
+        E depends on the data. ``torch.compile(fullgraph=True)`` traces it; without ``fullgraph`` the graph breaks here,
+        unless ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is True. vmap works where all calls find
+        equally many entries. On a GPU the host waits for E.
+
+    Raises:
+        ValueError: ``x`` has no dimension; under vmap, calls find different numbers of entries.
+        RuntimeError: dtypes, devices or shapes do not fit.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, -1.0]])
+        >>> threshold_encode(x, torch.eye(3), None, 0.5)
+        (tensor([1., 3., 2., 1.]), tensor([0, 1, 2, 1]), tensor([0, 3, 4]))
+    """
+    if not isinstance(threshold, Tensor):
+        threshold = x.new_full((), threshold, dtype=torch.float64)
+    return _threshold_encode(as_rows("x", x), weight, bias, threshold.detach().double())
+
+
+def batch_topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: float, *, activation: str = "relu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The N k largest of ``activation(x @ weight.T + bias)`` in the whole batch, as a ragged code.
+
+    The encoder of a BatchTopK sparse autoencoder (Bussmann et al. 2024, arXiv 2412.06410): rows share N k entries as
+    they need them. The [N, F] pre-activations never exist and are never sorted: each thread keeps a list of at most
+    about 2 N k candidates, which it cuts down to the best when it is full. Exact: entries rank by their float64 scores.
+    O(N F D) time, O(N k) memory for each thread.
+
+    Args:
+        x, weight, bias: as in ``threshold_encode``.
+        k: entries for each row on average, 0 to F. There are ``round(N * k)`` in all.
+        activation: "relu", applied before the selection, or "identity".
+
+    Returns:
+        values [E], indices [E], offsets [N + 1]: as in ``threshold_encode``, E = round(N * k). Ties go to the lowest
+        row, then to the lowest feature: with "relu" a batch of fewer than E positive scores is filled with zeros,
+        the lowest rows and features first. A row with a NaN among its pre-activations gives one entry, of value NaN and
+        index 0, which ranks above all numbers (and more like it where everything else is used up); a batch with such
+        rows is searched twice.
+        threshold []: the smallest score that was selected, infinity if no number was; float32 (float64 for float64),
+        without gradient. Its running mean is what ``threshold_encode`` takes at inference.
+
+    Gradients:
+        As for ``threshold_encode``; none through an entry where relu is 0.
+
+    Raises:
+        ValueError: ``activation`` is none of its choices, or ``x`` has no dimension.
+        RuntimeError: ``k`` is out of range, or dtypes, devices or shapes do not fit.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, -1.0]])
+        >>> batch_topk_encode(x, torch.eye(3), None, 1)
+        (tensor([3., 2.]), tensor([1, 2]), tensor([0, 2, 2]), tensor(2.))
+    """
+    check_choice("activation", activation, ("relu", "identity"))
+    rows = as_rows("x", x)
+    return _batch_topk_encode(rows, weight, bias, round(rows.shape[0] * k), activation)
+
+
+# ---- shapes without data ---------------------------------------------------------------------------------------------
+
+
+def _ragged(x, entries):
+    return x.new_empty(entries), x.new_empty(entries, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+
+
+@torch.library.register_fake("isthmus::threshold_encode")
+def _(x, weight, bias, threshold):
+    return _ragged(x, torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.register_fake("isthmus::batch_topk_encode")
+def _(x, weight, bias, entries, activation):
+    return *_ragged(x, entries), x.new_empty((), dtype=accumulate_dtype(x))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _threshold_setup(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    _, indices, offsets = output
+    ctx.mark_non_differentiable(indices, offsets)
+    ctx.save_for_backward(x, weight, indices, offsets)
+
+
+def _threshold_backward(ctx, grad, *_):
+    return *encode_gradients(grad, *ctx.saved_tensors, None, ctx.needs_input_grad[:3]), None
+
+
+def _batch_setup(ctx, inputs, output):
+    x, weight, _, _, activation = inputs
+    values, indices, offsets, threshold = output
+    ctx.is_relu = activation == "relu"
+    ctx.mark_non_differentiable(indices, offsets, threshold)
+    ctx.save_for_backward(values, x, weight, indices, offsets)
+
+
+def _batch_backward(ctx, grad, *_):
+    values, *tensors = ctx.saved_tensors
+    if ctx.is_relu:
+        grad = torch.where(values > 0, grad, 0)
+    return *encode_gradients(grad, *tensors, None, ctx.needs_input_grad[:3]), None, None
+
+
+_threshold_encode = register_gradient("threshold_encode", _threshold_backward, _threshold_setup)
+_batch_topk_encode = register_gradient("batch_topk_encode", _batch_backward, _batch_setup)
+
+for _name in ("threshold_encode", "batch_topk_encode"):
+    register_autocast(_name)
+    register_vmap_by_loop(_name)
