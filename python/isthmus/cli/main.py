@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from isthmus.cli.train.command import train
+
 app = typer.Typer(
     name="isthmus",
     help="Kernels for the bottleneck of autoencoders and Bayesian networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train, name="train")
 
 
 @app.command()

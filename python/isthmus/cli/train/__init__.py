@@ -1,1 +1,10 @@
-"""`isthmus train sae`: a dictionary for activations that lie in shards, and the page of its features."""
+"""`isthmus train sae`: a dictionary for activations that lie in shards, and the page of its features.
+
+- command: the options
+- settings: all of them that the result depends on
+- trainer: data, model and optimizer; one step
+- run: the loop, with progress, log and checkpoints
+- checkpoint: what a run resumes from, and the trained autoencoder as a file
+- evaluate: explained variance, firing counts, strongest rows
+- page, charts: the feature page
+"""

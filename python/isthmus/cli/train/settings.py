@@ -1,0 +1,98 @@
+"""What a training run is told. With the same settings and shards two runs agree bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from isthmus import nn
+
+# The module of each kind, and the option that sets how sparse it is.
+KINDS = {
+    "topk": ("TopKSAE", "k"),
+    "batch_topk": ("BatchTopKSAE", "k"),
+    "matryoshka": ("MatryoshkaSAE", "k"),
+    "jumprelu": ("JumpReLUSAE", "sparsity"),
+    "gated": ("GatedSAE", "sparsity"),
+    "relu": ("ReLUSAE", "sparsity"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the result depends on, as the command line names it.
+
+    Raises:
+        ValueError: an unknown kind, a number out of range, or ``k`` for a kind that has none.
+    """
+
+    data: str
+    features: int
+    kind: str = "topk"
+    k: float | None = None
+    sparsity: float | None = None
+    steps: int = 10_000
+    batch_size: int = 2048
+    lr: float | None = None
+    warmup: float = 0.05
+    decay: float = 0.2
+    aux_k: int | None = None
+    dead_after: int | None = None
+    held_out: float = 0.02
+    buffer_rows: int = 65_536
+    log_every: int = 50
+    eval_every: int = 1000
+    eval_rows: int = 16_384
+    checkpoint_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("features", "steps", "batch_size", "log_every", "eval_every", "eval_rows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "decay"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a fraction of the steps, in [0, 1], got {getattr(self, name)}")
+        option = KINDS[self.kind][1]
+        for name in {"k", "sparsity"} - {option}:
+            if getattr(self, name) is not None:
+                raise ValueError(f"kind {self.kind} has no {name}; set {option}")
+        if self.k is not None and self.k != int(self.k) and self.kind != "batch_topk":
+            raise ValueError(f"k must be a whole number for kind {self.kind}, got {self.k}")
+
+    def module(self, dim: int) -> Any:
+        """The sparse autoencoder of these settings, untrained."""
+        name, option = KINDS[self.kind]
+        options: dict[str, Any] = {"dead_after": self.dead_after or min(10_000_000, self.steps * self.batch_size // 10)}
+        if option == "k":
+            k = 32 if self.k is None else self.k
+            options["k"] = int(k) if k == int(k) else k
+        elif self.sparsity is not None:
+            options["sparsity_weight"] = self.sparsity
+        if self.aux_k is not None:
+            options["aux_k"] = self.aux_k
+        return getattr(nn, name)(dim, self.features, **options)
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step with this number, counted from 0: up in a straight line, level, and down to 0."""
+        # The rate that Gao et al. (2024) found best shrinks with the square root of the size of the dictionary.
+        peak = 2e-4 * (16384 / self.features) ** 0.5 if self.lr is None else self.lr
+        rise, fall = self.warmup * self.steps, self.decay * self.steps
+        return peak * min(1.0, (step + 1) / rise if rise else 1.0, (self.steps - step) / fall if fall else 1.0)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def check_same(self, path: Path) -> None:
+        """Refuse to go on with a run that was started with other settings."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for field in fields(self):
+            if saved.get(field.name) != getattr(self, field.name):
+                raise ValueError(
+                    f"{field.name} was {saved.get(field.name)} when this run was started, now it is "
+                    f"{getattr(self, field.name)}; --resume takes the same options"
+                )
