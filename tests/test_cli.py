@@ -28,7 +28,7 @@ def test_info_prints_versions_levels_and_cuda():
 def test_help_lists_every_command():
     result = CliRunner().invoke(isthmus.cli.app, ["--help"])
     assert result.exit_code == 0
-    assert "demo" in result.output and "info" in result.output
+    assert all(command in result.output for command in ("demo", "info", "train"))
 
 
 def test_demo_refuses_a_missing_directory_before_it_trains(tmp_path):

@@ -65,8 +65,8 @@ class ActivationWriter:
         self.metadata = dict(metadata or {})
         self.rows = 0
         self._shards = 0
-        self._pending: dict[str, list[Tensor]] = {}
-        self._pending_rows = 0
+        self._shard: dict[str, Tensor] = {}
+        self._filled = 0
         self._layout: tuple[Any, ...] = ()
         if vocabulary is not None:
             self._write_json(VOCABULARY, list(vocabulary))
@@ -82,21 +82,24 @@ class ActivationWriter:
         given = {"activations": rows, "tokens": tokens, "sequences": sequences}
         tensors = {name: tensor.detach().cpu() for name, tensor in given.items() if tensor is not None}
         self._check(tensors)
-        while len(tensors["activations"]) > 0:
-            count = self.rows_per_shard - self._pending_rows
+        if not self._shard:
+            self._shard = {
+                name: tensor.new_empty(self.rows_per_shard, *tensor.shape[1:]) for name, tensor in tensors.items()
+            }
+        done = 0
+        while done < len(rows):
+            count = min(len(rows) - done, self.rows_per_shard - self._filled)
             for name, tensor in tensors.items():
-                # A copy: the caller may reuse its memory before the shard is full.
-                self._pending.setdefault(name, []).append(tensor[:count].clone())
-            taken = len(self._pending["activations"][-1])
-            tensors = {name: tensor[taken:] for name, tensor in tensors.items()}
-            self.rows += taken
-            self._pending_rows += taken
-            if self._pending_rows == self.rows_per_shard:
+                self._shard[name][self._filled : self._filled + count] = tensor[done : done + count]
+            done += count
+            self.rows += count
+            self._filled += count
+            if self._filled == self.rows_per_shard:
                 self._flush()
 
     def close(self) -> None:
         """Write what is left as the last shard."""
-        if self._pending_rows > 0:
+        if self._filled > 0:
             self._flush()
 
     def __enter__(self) -> ActivationWriter:
@@ -128,11 +131,11 @@ class ActivationWriter:
     def _flush(self) -> None:
         if self._shards == 0:
             self._write_json(METADATA, self.metadata)
-        tensors = {name: torch.cat(pieces) for name, pieces in self._pending.items()}
+        tensors = {name: tensor[: self._filled] for name, tensor in self._shard.items()}
         path = self.folder / f"activations-{self._shards:05d}.{self.format}"
         FORMATS[self.format].write(path, tensors)
         self._shards += 1
-        self._pending, self._pending_rows = {}, 0
+        self._filled = 0
 
     def _write_json(self, name: str, content: Any) -> None:
         (self.folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

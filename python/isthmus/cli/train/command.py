@@ -8,11 +8,6 @@ import typer
 train = typer.Typer(help="Train a bottleneck on data in files.", no_args_is_help=True)
 
 
-@train.callback()
-def _group() -> None:
-    """Train a bottleneck on data in files."""
-
-
 @train.command()
 def sae(
     data: Annotated[Path, typer.Option(help="Folder of activation shards, or one shard.")],
