@@ -23,18 +23,20 @@ class Series:
 
 def line_chart(title: str, series: Sequence[Series], x_label: str) -> str:
     """Lines over a common x. Values that are not finite leave a gap; the scale is logarithmic if it must be."""
-    series = [Series(one.label, one.colour, _thinned(one.points)) for one in series if one.points]
-    finite = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
+    series = [Series(one.label, one.colour, _thinned(one.points)) for one in series]
+    series = [one for one in series if _runs(one.points)]
+    finite = [point for one in series for run in _runs(one.points) for point in run]
     if not finite:
         return _figure(title, '<p class="nothing">no finite values</p>')
     lowest, highest = min(y for _, y in finite), max(y for _, y in finite)
     log = lowest > 0.0 and highest > 30.0 * lowest
-    x_axis = _Axis([x for x, _ in finite], LEFT, WIDTH - RIGHT)
-    y_axis = _Axis([math.log10(y) if log else y for _, y in finite], HEIGHT - BOTTOM, TOP)
-    parts = [_grid(x_axis, y_axis, log), _x_label(x_label)]
+    x_axis = _Axis(_round_ticks([x for x, _ in finite]), LEFT, WIDTH - RIGHT)
+    values = [y for _, y in finite]
+    y_axis = _Axis(_log_ticks(values) if log else _round_ticks(values), HEIGHT - BOTTOM, TOP, log=log)
+    parts = [_grid(x_axis, y_axis), _x_label(x_label)]
     for one in series:
         for run in _runs(one.points):
-            places = [(x_axis(x), y_axis(math.log10(y) if log else y)) for x, y in run]
+            places = [(x_axis(x), y_axis(y)) for x, y in run]
             if len(places) == 1:
                 ((x, y),) = places
                 parts.append(f'<circle class="{one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
@@ -57,9 +59,9 @@ def histogram(title: str, values: Sequence[float], *, silent: int, x_label: str,
     # Two empty bins lie between the bar of the silent and the rest.
     width = 1.0 / bins_per_unit
     first = low - 3 * width if silent else low
-    x_axis = _Axis([first, high], LEFT, WIDTH - RIGHT, exact=True)
-    y_axis = _Axis([0.0, max([*counts, silent])], HEIGHT - BOTTOM, TOP)
-    parts = [_grid(x_axis, y_axis, False, [tick for tick in range(low, high + 1)]), _x_label(x_label)]
+    x_axis = _Axis(range(low, high + 1), LEFT, WIDTH - RIGHT, low=first)
+    y_axis = _Axis(_round_ticks([0, *counts, silent]), HEIGHT - BOTTOM, TOP)
+    parts = [_grid(x_axis, y_axis), _x_label(x_label)]
     bars = [(low + i * width, count, "isthmus") for i, count in enumerate(counts) if count]
     if silent:
         bars.append((first, silent, "alarm"))
@@ -83,36 +85,51 @@ def number(value: float | None) -> str:
 
 
 class _Axis:
-    """From numbers to pixels, and round numbers in between."""
+    """From numbers to pixels: the first tick, or ``low``, lies at ``start`` and the last at ``end``."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, exact: bool = False) -> None:
-        low, high = min(values), max(values)
-        if high - low <= 1e-9 * max(abs(low), abs(high)):
-            low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-        step = _round_step((high - low) / 4)
-        self.low, self.high = (low, high) if exact else (math.floor(low / step) * step, math.ceil(high / step) * step)
-        self.start, self.end = start, end
-        self.ticks = [
-            i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
-        ]
+    def __init__(
+        self, ticks: Sequence[float], start: float, end: float, *, log: bool = False, low: float | None = None
+    ) -> None:
+        self.ticks = ticks
+        self._transform = math.log10 if log else float
+        self._low = self._transform(ticks[0] if low is None else low)
+        self._pixels = (end - start) / (self._transform(ticks[-1]) - self._low)
+        self._start = start
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        return self._start + (self._transform(value) - self._low) * self._pixels
 
 
-def _round_step(size: float) -> float:
+def _round_ticks(values: Sequence[float]) -> list[float]:
+    """Three to six round numbers, evenly apart, that hold all values between them."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    size = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(size))
-    return next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= size * 0.999)
+    step = next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= size * 0.999)
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, log: bool, x_ticks: Sequence[float] | None = None) -> str:
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """Powers of ten, or of little more than a decade also twice and five times these, around all values."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    if high - low > 3:
+        step = -(-(high - low) // 6)
+        return [10.0**power for power in range(low, high + step, step)]
+    ticks = [digit * 10.0**power for power in range(low, high) for digit in (1, 2, 5)] + [10.0**high]
+    first = max(i for i, tick in enumerate(ticks) if tick <= min(values) * 1.001)
+    last = min(i for i, tick in enumerate(ticks) if tick >= max(values) * 0.999)
+    return ticks[first : last + 1]
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     parts = []
     for tick in y_axis.ticks:
         y = y_axis(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        text = _tick(10.0**tick if log else tick)
-        parts.append(f'<text class="tick left" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
-    for tick in x_axis.ticks if x_ticks is None else x_ticks:
+        parts.append(f'<text class="tick left" x="{LEFT - 6}" y="{y + 4:.1f}">{_tick(tick)}</text>')
+    for tick in x_axis.ticks:
         parts.append(f'<text class="tick" x="{x_axis(tick):.1f}" y="{HEIGHT - BOTTOM + 14}">{_tick(tick)}</text>')
     return "".join(parts)
 
