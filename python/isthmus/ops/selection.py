@@ -128,7 +128,8 @@ def _threshold_setup(ctx, inputs, output):
 
 
 def _threshold_backward(ctx, grad, *_):
-    return *encode_gradients(grad, *ctx.saved_tensors, None, ctx.needs_input_grad[:3]), None
+    x, weight, indices, offsets = ctx.saved_tensors
+    return *encode_gradients(grad, x, weight, indices, offsets, None, ctx.needs_input_grad[:3]), None
 
 
 def _batch_setup(ctx, inputs, output):
@@ -140,10 +141,10 @@ def _batch_setup(ctx, inputs, output):
 
 
 def _batch_backward(ctx, grad, *_):
-    values, *tensors = ctx.saved_tensors
+    values, x, weight, indices, offsets = ctx.saved_tensors
     if ctx.is_relu:
         grad = torch.where(values > 0, grad, 0)
-    return *encode_gradients(grad, *tensors, None, ctx.needs_input_grad[:3]), None, None
+    return *encode_gradients(grad, x, weight, indices, offsets, None, ctx.needs_input_grad[:3]), None, None
 
 
 _threshold_encode = register_gradient("threshold_encode", _threshold_backward, _threshold_setup)

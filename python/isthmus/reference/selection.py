@@ -1,4 +1,4 @@
-"""Ragged sparse codes: all above a threshold (Rajamanoharan et al., 2024), the best of a batch (Bussmann et al., 2024)."""
+"""Ragged sparse codes: all above a threshold (Rajamanoharan et al. 2024), the best of a batch (Bussmann et al. 2024)."""
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def batch_topk_encode(
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pre-activations [N, F] in float64, and which rows [N, 1] have a NaN among them."""
-    scores = x.double().reshape(-1, x.shape[-1]) @ weight.double().T
+    scores = torch.atleast_2d(x.double()).flatten(0, -2) @ weight.double().T
     if bias is not None:
         scores = scores + bias.double()
     return scores, scores.isnan().any(-1, keepdim=True)
