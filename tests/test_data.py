@@ -65,6 +65,14 @@ def test_a_writer_keeps_no_reference_to_what_it_was_given(tmp_path):
     assert not ActivationShards(tmp_path).read(0, 5).any()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_shards_have_the_mode_of_any_new_file(tmp_path, format):
+    write(tmp_path, numbered(10), format=format)
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_rows_written_before_an_error_are_kept(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), ActivationWriter(tmp_path, format="npy") as writer:
         writer.write(numbered(30))

@@ -42,11 +42,15 @@ def read(path: Path, name: str, start: int, stop: int) -> Tensor:
         return file.get_slice(_key(file, name))[start:stop].clone()
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors of a shard."""
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write the tensors of a shard, or any others. Whoever looks finds the file of before, or all of the new one."""
     save_file = _library().torch.save_file
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    # The library makes files that only their owner can read; these get the mode of any other new file.
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(tensors, partial, metadata=metadata)
+    partial.chmod(mode)
     partial.replace(path)
 
 

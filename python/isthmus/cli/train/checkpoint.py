@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.cli.train.settings import Settings
 from isthmus.cli.train.trainer import Trainer
+from isthmus.data import _safetensors
 
 
 def save_checkpoint(path: Path, trainer: Trainer) -> None:
@@ -68,11 +68,8 @@ def load_sae(path: str | Path) -> tuple[nn.Module, float]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"isthmus": json.dumps(about)})
-    # A run that is stopped while it writes finds the checkpoint before this one.
-    partial.replace(path)
+    _safetensors.write(path, contiguous, {"isthmus": json.dumps(about)})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
