@@ -318,7 +318,7 @@ def test_lines_break_where_values_are_missing():
     assert chart.count("<polyline") == 2 and chart.count("<circle") == 1
 
 
-@pytest.mark.parametrize("values", [[3.0], [1e-30, 2e-30], [-5.0, 5.0], [1e9] * 3, [1e-6, 1e6], [0.0, 0.0]])
+@pytest.mark.parametrize("values", [[3.0], [1e-30, 2e-30], [-5.0, 5.0], [1e9] * 3, [1e-6, 1e6], [0, 0], [0.017, 1]])
 def test_axes_hold_any_values(values):
     chart = line_chart("t", [Series("a", "isthmus", list(enumerate(values)))], "step")
     places = [float(y) for y in re.findall(r'(?:cy="|\d,)(-?[\d.]+)', chart)]
