@@ -80,10 +80,11 @@ def results() -> dict[str, harness.Result]:
 def contest(request: pytest.FixtureRequest, benchmark: Any, results: dict[str, harness.Result]) -> Callable[..., None]:
     """Measures one group of rows and records that of one implementation.
 
-    contest(*inputs, plain=, isthmus=, peer=None, compare=, flops=0)
+    contest(*inputs, plain=, isthmus=, peer=None, compiled=None, compare=, flops=0)
 
     plain, isthmus: functions of the inputs, tensors in, tensors out.
     peer: (name, function) of the strongest other library.
+    compiled: the plain function compiled, where torch.compile takes only a part of it.
     compare: maps the results (outputs, then gradients) to tensors in which all must agree.
     flops: floating-point operations of the definition; 0 where only memory can be the bound.
     """
@@ -99,12 +100,13 @@ def contest(request: pytest.FixtureRequest, benchmark: Any, results: dict[str, h
         isthmus: harness.Function,
         compare: Callable[..., tuple[Tensor, ...]],
         peer: tuple[str, harness.Function] | None = None,
+        compiled: harness.Function | None = None,
         flops: int = 0,
     ) -> None:
         if implementation == "peer" and not peer:
             pytest.skip("no other library does this")
         name, function = peer or (None, None)
-        functions = {"plain": plain, "peer": function, "isthmus": isthmus}
+        functions = {"plain": plain, "peer": function, "compiled": compiled, "isthmus": isthmus}
         if benchmark.group not in results:
             results[benchmark.group] = harness.measure(
                 {name: function for name, function in functions.items() if function},

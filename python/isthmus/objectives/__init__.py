@@ -23,6 +23,14 @@ from isthmus.objectives.importance import (
     piwae_bounds,
 )
 from isthmus.objectives.info import adversarial_penalty, discriminator_loss, info_vae_loss, wae_loss
+from isthmus.objectives.sparse import (
+    aux_k_loss,
+    fraction_of_variance_explained,
+    fraction_of_variance_unexplained,
+    l0,
+    l1,
+    normalized_mse,
+)
 from isthmus.objectives.total_correlation import (
     KLTerms,
     beta_tc_loss,
@@ -45,6 +53,7 @@ __all__ = [
     "KLTerms",
     "PIWAEBounds",
     "adversarial_penalty",
+    "aux_k_loss",
     "balanced_kl",
     "beta_tc_loss",
     "bits_per_dim",
@@ -54,6 +63,8 @@ __all__ = [
     "discriminator_loss",
     "effective_sample_size",
     "factor_vae_loss",
+    "fraction_of_variance_explained",
+    "fraction_of_variance_unexplained",
     "frechet_distance",
     "free_bits",
     "gaussian_frechet",
@@ -63,9 +74,12 @@ __all__ = [
     "iwae_bound",
     "joint_vae_loss",
     "kl_decomposition",
+    "l0",
+    "l1",
     "max_direction",
     "miwae_bound",
     "negative_elbo",
+    "normalized_mse",
     "permute_dims",
     "piwae_bounds",
     "quasi_directions",
