@@ -1,6 +1,6 @@
 // Vector quantization on the CPU.
 //
-// search.inl finds the best codes of rows in cache, lookup.inl makes it the op; the rest is what follows from indices.
+// search.inl finds the best codes of rows in cache, direct.inl those of few rows, lookup.inl makes them the op; the rest is what follows from indices.
 
 #include "codebook/kernels.h"
 #include "core/amx_tiles.h"
@@ -15,7 +15,9 @@ namespace {
 #include "codebook/gather.inl"
 
 #include "codebook/search.inl"
-// after both: searches, then gathers while rows are in cache
+// after search
+#include "codebook/direct.inl"
+// after all three: searches, then gathers while rows are in cache
 #include "codebook/lookup.inl"
 
 #include "codebook/passage.inl"

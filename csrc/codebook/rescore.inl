@@ -127,60 +127,75 @@ struct BestCodes {
   }
 };
 
-// The codebook in groups of eight, for rescoring.
+// Groups of eight codes [dim, group_codes], packed and scored.
+struct GroupScorer {
+  const Metric metric;
+  const int64_t dim;
+
+  // The codes from `first` on, of which `left` exist. lengths: [group_codes]; of cosine only.
+  template <class T>
+  void pack(const T* first, int64_t left, Compute<T>* group, double* lengths) const {
+    pack_rows<group_codes>(first, dim, left < group_codes ? left : group_codes, dim, group);
+    if (metric != Metric::cosine) return;
+    f64v squares[group_parts];
+    sum_group(group, dim, [](int64_t, f64v c) { return c * c; }, squares);
+    for (int p = 0; p < group_parts; ++p) store(lengths + p * lanes<double>, sqrt(squares[p]));
+  }
+
+  // Codes first, first + 1, …, of which `left` exist, meet the best of the row x.
+  template <class C>
+  ISTHMUS_NOINLINE void meet(const double* x, const C* group, const double* lengths, int64_t first, int64_t left,
+                             const BestCodes& best) const {
+    f64v sums[group_parts];
+    if (metric == Metric::euclidean) {
+      sum_group(group, dim, [&](int64_t k, f64v c) { return (x[k] - c) * (x[k] - c); }, sums);
+    } else {
+      sum_group(group, dim, [&](int64_t k, f64v c) { return x[k] * c; }, sums);
+    }
+    for (int p = 0; p < group_parts; ++p) {
+      if (metric == Metric::euclidean) sums[p] = -sums[p];
+      if (metric == Metric::cosine) {
+        const f64v length = load(lengths + p * lanes<double>);
+        sums[p] = length == 0 ? sums[p] : sums[p] / length;
+      }
+    }
+    best.meet_group(sums, first, left);
+  }
+};
+
+// The whole codebook in such groups.
 template <class T>
 struct CodeGroups {
   using C = Compute<T>;
-  const Metric metric;
+  const GroupScorer scorer;
   const int64_t codes, dim, groups;
   Buffer<C> numbers;       // [groups, dim, group_codes]
   Buffer<double> lengths;  // [groups, group_codes]; of cosine only
 
-  CodeGroups(Metric metric_, const T* codebook, int64_t codes_, int64_t dim_)
-      : metric(metric_),
+  CodeGroups(Metric metric, const T* codebook, int64_t codes_, int64_t dim_)
+      : scorer{metric, dim_},
         codes(codes_),
         dim(dim_),
         groups((codes + group_codes - 1) / group_codes),
         numbers(groups * dim * group_codes),
         lengths(metric == Metric::cosine ? groups * group_codes : 0) {
     parallel_for(groups, grain_of(group_codes * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) pack(g, codebook + g * group_codes * dim);
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t first = g * group_codes;
+        scorer.pack(codebook + first * dim, codes - first, numbers.data + first * dim, lengths.data + first);
+      }
     });
   }
 
-  const C* group(int64_t g) const { return numbers.data + g * dim * group_codes; }
-
   ISTHMUS_INLINE void prefetch(int64_t g) const {
-    const int64_t lines = dim * group_codes * static_cast<int64_t>(sizeof(C)) / 64;
-    for (int64_t i = 0; i < lines && i < 128; ++i) __builtin_prefetch(reinterpret_cast<const char*>(group(g)) + 64 * i);
-  }
-
-  void pack(int64_t g, const T* first) const {
-    const int64_t left = codes - g * group_codes;
-    pack_rows<group_codes>(first, dim, left, dim, numbers.data + g * dim * group_codes);
-    if (metric != Metric::cosine) return;
-    f64v squares[group_parts];
-    sum_group(group(g), dim, [](int64_t, f64v c) { return c * c; }, squares);
-    for (int p = 0; p < group_parts; ++p) {
-      store(lengths.data + g * group_codes + p * lanes<double>, sqrt(squares[p]));
-    }
+    const int64_t bytes = dim * group_codes * static_cast<int64_t>(sizeof(C)), most = 128 * 64;
+    const char* group = reinterpret_cast<const char*>(numbers.data + g * dim * group_codes);
+    for (int64_t i = 0; i + 64 <= bytes && i < most; i += 64) __builtin_prefetch(group + i);
   }
 
   // The codes of group g meet the best of the row x.
-  ISTHMUS_NOINLINE void rescore(const double* x, int64_t g, const BestCodes& best) const {
-    f64v sums[group_parts];
-    if (metric == Metric::euclidean) {
-      sum_group(group(g), dim, [&](int64_t k, f64v c) { return (x[k] - c) * (x[k] - c); }, sums);
-    } else {
-      sum_group(group(g), dim, [&](int64_t k, f64v c) { return x[k] * c; }, sums);
-    }
-    for (int p = 0; p < group_parts; ++p) {
-      if (metric == Metric::euclidean) sums[p] = -sums[p];
-      if (metric == Metric::cosine) {
-        const f64v length = load(lengths.data + g * group_codes + p * lanes<double>);
-        sums[p] = length == 0 ? sums[p] : sums[p] / length;
-      }
-    }
-    best.meet_group(sums, g * group_codes, codes - g * group_codes);
+  void rescore(const double* x, int64_t g, const BestCodes& best) const {
+    const int64_t first = g * group_codes;
+    scorer.meet(x, numbers.data + first * dim, lengths.data + first, first, codes - first, best);
   }
 };

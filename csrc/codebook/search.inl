@@ -34,6 +34,15 @@ struct PackedCodes {
                groups.lengths.data) {}
 };
 
+// Of numbers, the greatest first, `value` takes the place of the last if it is greater.
+template <class C>
+inline void insert(C* greatest, int64_t count, C value) {
+  if (!(value > greatest[count - 1])) return;
+  int64_t place = count - 1;
+  for (; place > 0 && value > greatest[place - 1]; --place) greatest[place] = greatest[place - 1];
+  greatest[place] = value;
+}
+
 // The rank-th largest lane, counted from 1.
 template <class C>
 inline C ranked_lane(Vec<C> v, int64_t rank) {
@@ -177,7 +186,7 @@ struct BlockSearch {
     C* bar = bars.data + r * best;
     for (int64_t i = begin; i < end; ++i) {
       // The group has one code, at least, that is as good as its lower bound.
-      insert(bar, queue.data[i].score - panels.bounds.lower(bounds[r], queue.data[i].group));
+      insert(bar, best, queue.data[i].score - panels.bounds.lower(bounds[r], queue.data[i].group));
     }
     int64_t kept = begin;
     for (int64_t i = begin; i < end; ++i) {
@@ -194,13 +203,6 @@ struct BlockSearch {
     Vec<C> top = Vec<C>{} - C(__builtin_inf());
     for (int64_t s = 0; s < slabs; ++s) top = greater(maximum(r, s) - spans[s / slabs_per_span], top);
     return best == 1 ? largest_lane<C>(top) : ranked_lane<C>(top, best);
-  }
-
-  void insert(C* bar, C value) const {
-    if (!(value > bar[best - 1])) return;
-    int64_t place = best - 1;
-    for (; place > 0 && value > bar[place - 1]; --place) bar[place] = bar[place - 1];
-    bar[place] = value;
   }
 
   void rescore(int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {

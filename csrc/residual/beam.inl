@@ -55,11 +55,14 @@ struct BlockOfRows {
         kept(args.beam),
         kept_scores(args.beam) {}
 
-  void search(const PackedStages<T>& packed, int64_t begin, int64_t end) {
+  // find(q, residuals, count, best, indices, scores): the nearest codes of a stage, as BlockSearch::search.
+  template <class Find>
+  void search(int64_t begin, int64_t end, const Find& find) {
     start(begin, end);
     for (int64_t q = 0; q < stages.count && beams[q % 2].rows > 0; ++q) {
       const int64_t best = args.beam < args.codes.sizes[q] ? args.beam : args.codes.sizes[q];
-      find_nearest(packed.codes.data[q], beams[q % 2], best);
+      const Beam<C>& beam = beams[q % 2];
+      find(q, beam.residuals.data, beam.rows * beam.width, best, nearest.data, scores.data);
       extend(q, best, beams[q % 2], beams[(q + 1) % 2]);
     }
     reconstruct<T>(args, stages, begin, end);
@@ -78,16 +81,6 @@ struct BlockOfRows {
       C* residual = beam.residuals.data + beam.rows * dim;
       for (int64_t k = 0; k < dim; k += lanes<C>) store_first(residual + k, load_first(x + k, dim - k), dim - k);
       beam.row.data[beam.rows++] = row;
-    }
-  }
-
-  void find_nearest(const PackedCodes<T>& codes, const Beam<C>& beam, int64_t best) {
-    BlockSearch<T> block(codes, best);
-    const int64_t sequences = beam.rows * beam.width;
-    for (int64_t i = 0; i < sequences; i += block.max_rows) {
-      const int64_t count = sequences - i < block.max_rows ? sequences - i : block.max_rows;
-      block.search(beam.residuals.data + i * dim, dim, count, nearest.data + i * best,
-                   args.beam == 1 ? nullptr : scores.data + i * best);
     }
   }
 
@@ -146,10 +139,27 @@ struct BlockOfRows {
   }
 };
 
+// Few rows: one block, all threads share its search.
+template <class T>
+void search_directly(const ResidualSearch& args, const Stages& stages, int64_t group, const T* table) {
+  using C = Compute<T>;
+  const int64_t rows = args.codes.rows, dim = args.codes.dim;
+  BlockOfRows<T>(args, stages, table, rows)
+      .search(group * rows, (group + 1) * rows,
+              [&](int64_t q, const C* x, int64_t count, int64_t best, int64_t* indices, double* scores) {
+                DirectSearch<T>(Metric::euclidean, table + stages.starts.data[q] * dim, args.codes.sizes[q], dim, best)
+                    .search(x, dim, count, indices, scores);
+              });
+}
+
 template <class T>
 void search_group(const ResidualSearch& args, const Stages& stages, int64_t group) {
+  using C = Compute<T>;
   const ResidualCodes& codes = args.codes;
   const T* table = static_cast<const T*>(codes.tables) + group * codes.codes * codes.dim;
+  if (DirectSearch<T>::suits(codes.rows * args.beam, codes.dim, args.beam)) {
+    return search_directly(args, stages, group, table);
+  }
   const PackedStages<T> packed(codes, stages, table);
   // Large blocks spare the codebooks' passage through the cache, but every thread needs some.
   constexpr int64_t max_sequences = BlockSearch<T>::max_rows, min_rows = 24;
@@ -162,7 +172,14 @@ void search_group(const ResidualSearch& args, const Stages& stages, int64_t grou
     BlockOfRows<T> block(args, stages, table, block_rows);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t last = (b + 1) * block_rows < codes.rows ? (b + 1) * block_rows : codes.rows;
-      block.search(packed, group * codes.rows + b * block_rows, group * codes.rows + last);
+      block.search(group * codes.rows + b * block_rows, group * codes.rows + last,
+                   [&](int64_t q, const C* x, int64_t count, int64_t best, int64_t* indices, double* scores) {
+                     BlockSearch<T> search(packed.codes.data[q], best);
+                     for (int64_t i = 0; i < count; i += max_sequences) {
+                       const int64_t left = count - i < max_sequences ? count - i : max_sequences;
+                       search.search(x + i * codes.dim, codes.dim, left, indices + i * best, scores + i * best);
+                     }
+                   });
     }
   });
 }

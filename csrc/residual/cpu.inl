@@ -21,6 +21,8 @@ namespace {
 
 #include "codebook/passage.inl"
 #include "codebook/search.inl"
+// after search
+#include "codebook/direct.inl"
 #include "residual/path.inl"
 // after path
 #include "residual/backward.inl"

@@ -85,14 +85,35 @@ void check_row(const Problem& p, int64_t r, const int64_t* got, bool exact) {
   }
 }
 
-std::vector<int64_t> search(const CodebookKernels& kernels, const Problem& p) {
-  std::vector<int64_t> indices(static_cast<size_t>(p.heads * p.rows * p.best), -7);
-  const std::vector<char> mask(p.mask.begin(), p.mask.end());
+// The best codes of the first rows of each head.
+std::vector<int64_t> search(const CodebookKernels& kernels, const Problem& p, int64_t rows) {
+  std::vector<int64_t> indices(static_cast<size_t>(p.heads * rows * p.best), -7);
+  std::vector<char> mask;
+  for (size_t i = 0; i < p.mask.size(); ++i) {
+    if (static_cast<int64_t>(i) % p.rows < rows) mask.push_back(p.mask[i]);
+  }
   const int64_t stride = p.dim + p.padding;
-  kernels.search({p.dtype, p.metric, p.heads, p.rows, p.codes, p.dim, p.best, p.x.data(), p.rows * stride, stride,
+  kernels.search({p.dtype, p.metric, p.heads, rows, p.codes, p.dim, p.best, p.x.data(), p.rows * stride, stride,
                   p.codebook.data(), mask.empty() ? nullptr : reinterpret_cast<const bool*>(mask.data()),
                   indices.data(), nullptr, nullptr, nullptr});
   return indices;
+}
+
+std::vector<int64_t> search(const CodebookKernels& kernels, const Problem& p) { return search(kernels, p, p.rows); }
+
+// Few rows go another way; they must find the same.
+bool few_rows_agree(const Problem& p, const std::vector<int64_t>& indices) {
+  for (int64_t few : {1, 2, 7}) {
+    if (few > p.rows) break;
+    const std::vector<int64_t> found = search(codebook_kernels(), p, few);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      if (!std::equal(&found[size_t(h * few * p.best)], &found[size_t((h + 1) * few * p.best - 1)] + 1,
+                      &indices[size_t(h * p.rows * p.best)])) {
+        return false;
+      }
+    }
+  }
+  return true;
 }
 
 // The kernels of level amx on emulated tiles, where the rest of them can run.
@@ -114,6 +135,9 @@ void test(const Problem& p, bool exact) {
                        check_row(p, r, &indices[size_t(r * p.best)], exact);
                    }
                    CHECK_THAT(indices == first, "%s: level %s finds other codes (dtype %d, metric %d)", p.name.c_str(),
+                              isa_name(current_isa()), static_cast<int>(p.dtype), static_cast<int>(p.metric));
+                   CHECK_THAT(few_rows_agree(p, indices),
+                              "%s: few rows find other codes (level %s, dtype %d, metric %d)", p.name.c_str(),
                               isa_name(current_isa()), static_cast<int>(p.dtype), static_cast<int>(p.metric));
                  });
   CHECK_THAT(agrees_on_emulated_tiles(p, first), "%s: emulated tiles find other codes (dtype %d, metric %d)",

@@ -21,6 +21,8 @@ namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
 #include "codebook/search.inl"
+// after search
+#include "codebook/direct.inl"
 
 constexpr int64_t rows = 7;
 std::mt19937 engine(1);
@@ -66,6 +68,42 @@ double check_bounds(const BlockSearch<C>& block, const C* x, const C* codebook, 
   return share;
 }
 
+// The score that few rows are searched by.
+template <class C>
+long double exact_score(Metric metric, const C* x, const C* c, int64_t dim) {
+  long double product = 0, square = 0, distance = 0;
+  for (int64_t k = 0; k < dim; ++k) {
+    const long double a = x[k], b = c[k];
+    product += a * b;
+    square += b * b;
+    distance += (a - b) * (a - b);
+  }
+  if (metric == Metric::euclidean) return -distance;
+  return metric == Metric::cosine && square > 0 ? product / std::sqrt(square) : product;
+}
+
+// No code is better than its upper bound, and some code is as good as the lower bound of each chunk.
+template <class C>
+void check_direct(Metric metric, const C* x, const C* codebook, int64_t codes, int64_t dim, const char* name) {
+  const DirectSearch<C> search(metric, codebook, codes, dim, 1);
+  const typename DirectSearch<C>::Batch batch(search, x, dim, rows);
+  for (int64_t chunk = 0; chunk < search.chunks; ++chunk) {
+    search.screen(batch, chunk);
+    for (int64_t r = 0; r < rows; ++r) {
+      long double best = -__builtin_inf();
+      for (int64_t i = 0; i < search.chunk_codes && chunk * search.chunk_codes + i < codes; ++i) {
+        const C* code = codebook + (chunk * search.chunk_codes + i) * dim;
+        const long double exact = exact_score(metric, x + r * dim, code, dim);
+        const long double upper = batch.uppers.data[(chunk * rows + r) * search.chunk_codes + i];
+        CHECK_THAT(!(upper < exact), "%s: score %Lg, upper bound %Lg (dim %ld, metric %d)", name, exact, upper,
+                   static_cast<long>(dim), static_cast<int>(metric));
+        best = std::max(best, exact);
+      }
+      CHECK(!(batch.bars.data[chunk * rows + r] > best));
+    }
+  }
+}
+
 // make(k) draws one component.
 template <class C, class Make>
 void test_kind(const char* name, Make make) {
@@ -83,6 +121,7 @@ void test_kind(const char* name, Make make) {
       std::vector<int64_t> indices(rows);
       block.search(x.data(), dim, rows, indices.data(), nullptr);
       share = std::max(share, check_bounds(block, x.data(), codebook.data(), name));
+      check_direct(metric, x.data(), codebook.data(), codes, dim, name);
     }
   }
   std::printf("%-20s in %s: errors of up to %.2f of the bound\n", name, sizeof(C) == 4 ? "float32" : "float64", share);

@@ -101,3 +101,13 @@ def test_the_index_is_that_of_float64(kind, rows, codes, dim, metric):
         assert index.max() < codes // 4
     if kind in (normal, duplicated):
         assert torch.equal(index, exact.argmax(1))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner_product"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_few_rows_find_what_many_find(kind, metric, isa):
+    """They are compared with the codebook as it lies."""
+    x, codebook = kind(60, 700, 33)
+    for topk in (1, 3):
+        few = [ops.vq_assign(part, codebook, metric=metric, topk=topk) for part in x.split(5)]
+        assert torch.equal(torch.cat(few), ops.vq_assign(x, codebook, metric=metric, topk=topk))
