@@ -3,7 +3,7 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-constexpr int64_t prefetch_ahead = 8;  // entries
+constexpr int64_t prefetch_ahead = 16;  // entries
 
 // Columns held in registers while the rows pass: 16 accumulators of 32 registers, or 8 of 16.
 #if defined(__AVX512F__)
@@ -55,30 +55,27 @@ struct Decoder {
     return squares;
   }
 
-  C row(int64_t n, int64_t known, T* out) const {
-    const int64_t first = first_entry(code, n), last = first_entry(code, n + 1);
-    const T* goal = target != nullptr ? target + n * cols : nullptr;
-    Vec<C> squares = {};
-    int64_t c = 0;
-    const auto pass = [&]<int Vectors>() {
-      constexpr int64_t width = Vectors * lanes<C>;
-      for (; Vectors == 1 ? c < cols : c + width <= cols; c += width) {
-        squares += columns<Vectors>(first, last, known, c, goal, out);
-      }
-    };
-    pass.template operator()<block_vectors>();
-    pass.template operator()<4>();
-    pass.template operator()<1>();
-    return sum_lanes<C>(squares);
-  }
-
+  // Blocks of columns outermost: what all rows read of the weight matrix is then a few times less than all of it, and
+  // comes from main memory once.
   void run(T* out, C* squared_error) const {
     parallel_for(code.rows, row_grain(code, cols), [&](int64_t begin, int64_t end) {
       const int64_t known = first_entry(code, end);
-      for (int64_t n = begin; n < end; ++n) {
-        const C distance = row(n, known, out + n * cols);
-        if (squared_error != nullptr) squared_error[n] = distance;
-      }
+      for (int64_t n = begin; n < end && squared_error != nullptr; ++n) squared_error[n] = 0;
+      int64_t c = 0;
+      const auto pass = [&]<int Vectors>() {
+        constexpr int64_t width = Vectors * lanes<C>;
+        for (; Vectors == 1 ? c < cols : c + width <= cols; c += width) {
+          for (int64_t n = begin; n < end; ++n) {
+            const T* goal = target != nullptr ? target + n * cols : nullptr;
+            const int64_t first = first_entry(code, n), last = first_entry(code, n + 1);
+            const Vec<C> squares = columns<Vectors>(first, last, known, c, goal, out + n * cols);
+            if (squared_error != nullptr) squared_error[n] += sum_lanes<C>(squares);
+          }
+        }
+      };
+      pass.template operator()<block_vectors>();
+      pass.template operator()<4>();
+      pass.template operator()<1>();
     });
   }
 };

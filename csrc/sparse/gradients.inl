@@ -3,6 +3,35 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
+// Columns that a sum over a latent, and as many that the latent's row of weights, hold in registers.
+#if defined(__AVX512F__)
+constexpr int walk_vectors = 8;
+#else
+constexpr int walk_vectors = 4;
+#endif
+
+// Calls f<Vectors>(c, left) for blocks of columns from c on: as many vectors as fit into what is left of the row, and a
+// single one at its end, which may be less than full.
+template <class C, class F>
+inline void over_columns(int64_t cols, F&& f) {
+  int64_t c = 0;
+  for (; c + walk_vectors * lanes<C> <= cols; c += walk_vectors * lanes<C>) {
+    f.template operator()<walk_vectors>(c, cols - c);
+  }
+  for (; c < cols; c += lanes<C>) f.template operator()<1>(c, cols - c);
+}
+
+template <int Vectors, class T>
+inline Vec<Compute<T>> load_column(const T* row, int v, int64_t left) {
+  return Vectors == 1 ? load_first(row, left) : load(row + v * lanes<Compute<T>>);
+}
+
+template <int Vectors, class T>
+inline void prefetch_columns(const T* row) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (size_t byte = 0; byte < Vectors * lanes<Compute<T>> * sizeof(T); byte += 64) __builtin_prefetch(bytes + byte);
+}
+
 // sum += coefficient · row
 template <class T>
 inline void add_scaled(Compute<T>* sum, Compute<T> coefficient, const T* row, int64_t cols) {
@@ -17,28 +46,6 @@ template <class T>
 inline void round_row(const Compute<T>* from, int64_t cols, T* to) {
   using C = Compute<T>;
   for (int64_t c = 0; c < cols; c += lanes<C>) store_first(to + c, load_first(from + c, cols - c), cols - c);
-}
-
-// grad_weight[f] = Σ coefficients[e] · matrix[row of e] over the entries of latent f in the order; and grad_bias[f],
-// unless null, the sum of the coefficients alone.
-template <class T>
-void scatter_rows(const LatentOrder& order, int64_t features, const T* coefficients, const T* matrix, int64_t cols,
-                  T* grad_weight, T* grad_bias) {
-  using C = Compute<T>;
-  sum_runs<C>(
-      {features, order.starts, order.entries}, cols + 1,
-      [&](int64_t first, int64_t last, int64_t, C* sum) {
-        for (int64_t c = 0; c <= cols; ++c) sum[c] = 0;
-        for (int64_t p = first; p < last; ++p) {
-          const C coefficient = load_one(coefficients + order.entries[p]);
-          if (grad_weight != nullptr) add_scaled(sum, coefficient, matrix + order.rows[p] * cols, cols);
-          sum[cols] += coefficient;
-        }
-      },
-      [&](int64_t feature, const C* sum) {
-        if (grad_weight != nullptr) round_row(sum, cols, grad_weight + feature * cols);
-        if (grad_bias != nullptr) store_one(grad_bias + feature, sum[cols]);
-      });
 }
 
 // Sums over chunks of rows, then over the chunks: the same order for any number of threads.
@@ -58,51 +65,150 @@ void sum_rows(const T* matrix, int64_t rows, int64_t cols, T* out) {
   round_row(partial.data, cols, out);
 }
 
-// Σ_c a[c] · b[c], while the row `ahead` is on its way.
+// One walk through the entries by latent serves two gradients. With m the row of `matrix` that an entry e of latent f
+// belongs to:
+//
+//     grad_weight[f] = Σ_e coefficients[e] · m        grad_coefficients[e] = weight[f] · m
+//
+// A row of weights is read once for all entries of its latent, and m once for both gradients. Gradients that are null
+// are not made; grad_bias[f] is the sum of the coefficients alone.
 template <class T>
-inline Compute<T> dot(const T* a, const T* b, const T* ahead, int64_t cols) {
+struct LatentWalk {
   using C = Compute<T>;
-  constexpr int64_t step = 4 * lanes<C>;
-  Vec<C> acc[4] = {};
-  int64_t c = 0;
-  for (; c + step <= cols; c += step) {
-    for (size_t byte = 0; byte < step * sizeof(T); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead + c) + byte);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) acc[v] += load(a + c + v * lanes<C>) * load(b + c + v * lanes<C>);
-  }
-  for (; c < cols; c += lanes<C>) acc[0] += load_first(a + c, cols - c) * load_first(b + c, cols - c);
-  return sum_lanes<C>((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
+  static constexpr int64_t batch = 32;          // entries whose products wait in the first-level cache
+  static constexpr int64_t prefetch_ahead = 6;  // entries
 
-// grad_values[e] = grad[row of e] · weight[indices[e]]
+  const LatentOrder& order;
+  int64_t features, cols;
+  const T *coefficients, *matrix, *weight;
+  T *grad_coefficients, *grad_weight, *grad_bias;
+
+  const T* row_at(int64_t position) const { return matrix + order.rows[position] * cols; }
+
+  // What the positions first … last - 1, no more than a batch, add to the sum of their latent.
+  template <bool Products>
+  void add(int64_t first, int64_t last, int64_t latent, C* sum) const {
+    const int64_t count = last - first, known = order.starts[features];
+    C factors[batch];
+    Vec<C> products[batch];
+    for (int64_t i = 0; i < count; ++i) {
+      factors[i] = load_one(coefficients + order.entries[first + i]);
+      sum[cols] += factors[i];
+      if constexpr (Products) products[i] = Vec<C>{};
+    }
+    const T* direction = Products ? weight + latent * cols : nullptr;
+    const T* next_direction = Products ? weight + smaller(latent + 1, features - 1) * cols : nullptr;
+    over_columns<C>(cols, [&]<int Vectors>(int64_t c, int64_t left) {
+      Vec<C> acc[Vectors], w[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        acc[v] = load_column<Vectors>(sum + c, v, left);
+        if constexpr (Products) w[v] = load_column<Vectors>(direction + c, v, left);
+      }
+      if constexpr (Products) prefetch_columns<Vectors>(next_direction + c);
+      for (int64_t i = 0; i < count; ++i) {
+        prefetch_columns<Vectors>(row_at(smaller(first + i + prefetch_ahead, known - 1)) + c);
+        const T* row = row_at(first + i) + c;
+        Vec<C> product[2] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+          const Vec<C> m = load_column<Vectors>(row, v, left);
+          acc[v] += factors[i] * m;
+          if constexpr (Products) product[v % 2] += w[v] * m;
+        }
+        if constexpr (Products) products[i] += product[0] + product[1];
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        Vectors == 1 ? store_first(sum + c, acc[v], left) : store(sum + c + v * lanes<C>, acc[v]);
+      }
+    });
+    if constexpr (Products) {
+      for (int64_t i = 0; i < count; ++i) {
+        store_one(grad_coefficients + order.entries[first + i], sum_lanes<C>(products[i]));
+      }
+    }
+  }
+
+  void run() const {
+    sum_runs<C>(
+        {features, order.starts, order.entries}, cols + 1,
+        [&](int64_t first, int64_t last, int64_t latent, C* sum) {
+          std::memset(sum, 0, static_cast<size_t>(cols + 1) * sizeof(C));
+          for (int64_t p = first; p < last; p += batch) {
+            const int64_t end = smaller(p + batch, last);
+            grad_coefficients != nullptr ? add<true>(p, end, latent, sum) : add<false>(p, end, latent, sum);
+          }
+        },
+        [&](int64_t latent, const C* sum) {
+          if (grad_weight != nullptr) round_row(sum, cols, grad_weight + latent * cols);
+          if (grad_bias != nullptr) store_one(grad_bias + latent, sum[cols]);
+        });
+  }
+};
+
+// grad_values[e] = grad[row of e] · weight[indices[e]], bit for bit as in LatentWalk; of the entries that are not
+// `done`, unless that is null.
 template <class T>
-void dot_entries(const SparseDecodeBackward& args, const T* grad, const T* weight, T* grad_values) {
+void dot_entries(const SparseDecodeBackward& args, const bool* done) {
+  using C = Compute<T>;
   const CodeLayout& code = args.code;
+  const T *grad = static_cast<const T*>(args.grad), *weight = static_cast<const T*>(args.weight);
+  T* grad_values = static_cast<T*>(args.grad_values);
   parallel_for(code.rows, row_grain(code, args.cols), [&](int64_t begin, int64_t end) {
     const int64_t known = first_entry(code, end);
-    const auto direction = [&](int64_t latent) { return weight + larger(latent, 0) * args.cols; };
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t e = first_entry(code, row); e < first_entry(code, row + 1); ++e) {
-        const int64_t latent = code.indices[e];
-        const T* ahead = direction(code.indices[smaller(e + 1, known - 1)]);
-        const bool empty = latent < 0;
-        store_one(grad_values + e, empty ? 0 : dot(grad + row * args.cols, direction(latent), ahead, args.cols));
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t e = first_entry(code, n); e < first_entry(code, n + 1); ++e) {
+        if (done != nullptr && done[e]) continue;
+        Vec<C> product = {};
+        if (code.indices[e] >= 0) {
+          const T *a = weight + code.indices[e] * args.cols, *b = grad + n * args.cols;
+          const T* ahead = weight + larger(code.indices[smaller(e + 1, known - 1)], 0) * args.cols;
+          over_columns<C>(args.cols, [&]<int Vectors>(int64_t c, int64_t left) {
+            prefetch_columns<Vectors>(ahead + c);
+            Vec<C> part[2] = {};
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) {
+              part[v % 2] += load_column<Vectors>(a + c, v, left) * load_column<Vectors>(b + c, v, left);
+            }
+            product += part[0] + part[1];
+          });
+        }
+        store_one(grad_values + e, sum_lanes<C>(product));
       }
     }
   });
 }
 
+// Which entries are in the order.
+void mark_entries(const LatentOrder& order, int64_t sorted, int64_t entries, bool* marks) {
+  std::memset(marks, 0, static_cast<size_t>(entries) * sizeof(bool));
+  for (int64_t p = 0; p < sorted; ++p) marks[order.entries[p]] = true;
+}
+
 void decode_backward(const SparseDecodeBackward& args) {
   dispatch_dtype(args.dtype, [&]<class T>() {
     const T* grad = static_cast<const T*>(args.grad);
-    if (args.grad_values != nullptr) {
-      dot_entries(args, grad, static_cast<const T*>(args.weight), static_cast<T*>(args.grad_values));
-    }
     if (args.grad_weight != nullptr) {
-      scatter_rows<T>(args.order, args.features, static_cast<const T*>(args.values), grad, args.cols,
-                      static_cast<T*>(args.grad_weight), nullptr);
+      const LatentWalk<T> walk{args.order,
+                               args.features,
+                               args.cols,
+                               static_cast<const T*>(args.values),
+                               grad,
+                               static_cast<const T*>(args.weight),
+                               static_cast<T*>(args.grad_values),
+                               static_cast<T*>(args.grad_weight),
+                               nullptr};
+      walk.run();
+    }
+    if (args.grad_values != nullptr) {
+      const int64_t entries = args.code.entries;
+      const int64_t sorted = args.grad_weight != nullptr ? args.order.starts[args.features] : 0;
+      if (sorted < entries) {
+        Buffer<bool> done(entries);
+        mark_entries(args.order, sorted, entries, done.data);
+        dot_entries<T>(args, done.data);
+      }
     }
     if (args.grad_bias != nullptr) sum_rows(grad, args.code.rows, args.cols, static_cast<T*>(args.grad_bias));
   });
@@ -110,14 +216,22 @@ void decode_backward(const SparseDecodeBackward& args) {
 
 void encode_backward(const SparseEncodeBackward& args) {
   dispatch_dtype(args.dtype, [&]<class T>() {
-    const T* grad = static_cast<const T*>(args.grad);
+    const T *grad = static_cast<const T*>(args.grad), *weight = static_cast<const T*>(args.weight);
     if (args.grad_x != nullptr) {
-      const Decoder<T> to_x{args.code, args.cols, grad, static_cast<const T*>(args.weight), nullptr, nullptr};
+      const Decoder<T> to_x{args.code, args.cols, grad, weight, nullptr, nullptr};
       to_x.run(static_cast<T*>(args.grad_x), nullptr);
     }
     if (args.grad_weight != nullptr || args.grad_bias != nullptr) {
-      scatter_rows<T>(args.order, args.features, grad, static_cast<const T*>(args.x), args.cols,
-                      static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
+      const LatentWalk<T> walk{args.order,
+                               args.features,
+                               args.grad_weight != nullptr ? args.cols : 0,  // the bias needs no columns
+                               grad,
+                               static_cast<const T*>(args.x),
+                               nullptr,
+                               nullptr,
+                               static_cast<T*>(args.grad_weight),
+                               static_cast<T*>(args.grad_bias)};
+      walk.run();
     }
   });
 }

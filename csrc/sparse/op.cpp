@@ -1,6 +1,7 @@
 // Host entries of the sparse family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
 #include "op.h"
+#include "core/pages.h"
 #include "sparse/code.h"
 #include "sparse/kernels.h"
 
@@ -66,10 +67,16 @@ std::tuple<Tensor, Tensor> sparse_reconstruct(const Tensor& values, const Tensor
 
 // ---- gradients -----------------------------------------------------------------------------------------------------
 
-// A gradient to fill, or none.
+// A gradient to fill, or none. That of a weight may be the largest tensor of a training step.
 Tensor gradient(bool wanted, const std::vector<int64_t>& sizes, const Tensor& like) {
-  return wanted ? empty(sizes, like.scalar_type(), like) : absent(like);
+  if (!wanted) return absent(like);
+  const Tensor result = empty(sizes, like.scalar_type(), like);
+  if (!result.is_cuda()) {
+    prefer_huge_pages(mutable_data(result), result.numel() * element_size(dtype_of(result, "gradient")));
+  }
+  return result;
 }
+
 void* wanted_data(bool wanted, const Tensor& t) { return wanted ? mutable_data(t) : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, const Tensor& values_,
