@@ -7,6 +7,14 @@ import torch
 
 from isthmus import nn
 
+
+class SelfTranscoder(nn.Transcoder):
+    """With the targets made from the input, so that one argument is enough."""
+
+    def forward(self, x):
+        return super().forward(x, x.flip(-1)[..., :7])
+
+
 MODULES = {
     "gaussian": lambda: nn.GaussianBottleneck(12, 6),
     "codebook-ema": lambda: nn.VectorQuantizer(16, 12, decay=0.5, revive_below=0.5),
@@ -42,6 +50,16 @@ MODULES = {
     "binary": lambda: nn.BinaryMapper(12, kl_loss_threshold=0.0),
     "binary-gumbel": lambda: nn.BinaryMapper(5, 12, gradient="gumbel", temperature=0.5),
     "sparse": lambda: nn.TopKSAE(12, 40, 4, dead_after=20),
+    "sparse-multi": lambda: nn.TopKSAE(12, 40, 4, multi_k=16, dead_after=20),
+    "sparse-groups": lambda: nn.TopKSAE(12, 40, 4, groups=4, dead_after=20),
+    "sparse-first": lambda: nn.KSparseAutoencoder(12, 40, 4, alpha=1.5),
+    "sparse-batch": lambda: nn.BatchTopKSAE(12, 40, 2.5, dead_after=20),
+    "sparse-matryoshka": lambda: nn.MatryoshkaSAE(12, (4, 12, 40), 4, dead_after=20),
+    "sparse-relu": lambda: nn.ReLUSAE(12, 40, aux_k=4, dead_after=20),
+    "sparse-jump": lambda: nn.JumpReLUSAE(12, 40, threshold=0.5, bandwidth=0.2, aux_k=4, dead_after=20),
+    "sparse-gated": lambda: nn.GatedSAE(12, 40),
+    "sparse-crosscoder": lambda: torch.nn.Sequential(torch.nn.Unflatten(-1, (2, 6)), nn.Crosscoder(2, 6, 40, 4)),
+    "sparse-transcoder": lambda: SelfTranscoder(12, 7, 40, 4, dead_after=20),
     "bayes-weight": lambda: nn.BayesLinear(12, 6),
     "bayes-local": lambda: nn.BayesLinear(12, 6, estimator="local"),
 }
@@ -54,7 +72,7 @@ def module(request):
 
 
 def tensors(out):
-    return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+    return (out,) if isinstance(out, torch.Tensor) else tuple(tensor for tensor in out if tensor is not None)
 
 
 def objective(out):

@@ -1,54 +1,73 @@
+"""TopKSAE and its elder, KSparseAutoencoder: the parts that are theirs, against dense formulas."""
+
 import pytest
 import torch
-from torch.nn.functional import linear
 
 from isthmus import nn
 
-
-def dense_code(sae, x, bias, k):
-    """Top-k code of every row as a dense [rows, features] matrix."""
-    activation = linear(x - sae.pre_bias, sae.encoder_weight, bias).relu()
-    values, indices = activation.topk(k, dim=-1)
-    return torch.zeros_like(activation).scatter(-1, indices, values)
-
-
-def unexplained(residual, target):
-    target = target.detach()
-    return residual.square().sum() / (target - target.mean(0)).square().sum()
-
-
-def trained_looking(**options):
-    """A float64 autoencoder whose parameters are not at their symmetric start."""
-    sae = nn.TopKSAE(8, 24, 3, **options).double()
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return sae
+from .dense_sae import assert_same_loss, dense_code, scores, shaken, topk_code, unexplained
 
 
 def test_output_and_loss_equal_the_dense_formula():
-    torch.manual_seed(0)
-    sae = trained_looking().eval()
+    sae = shaken(nn.TopKSAE(8, 24, 3)).eval()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     out = sae(x)
     assert out.values.shape == out.indices.shape == (2, 5, 3)
-    code = dense_code(sae, x, sae.encoder_bias, 3)
-    torch.testing.assert_close(out.values, code.gather(-1, out.indices))
-    expected = code @ sae.decoder_weight + sae.pre_bias
-    torch.testing.assert_close(out.reconstruction, expected)
+    assert out.offsets is None
     rows = x.flatten(0, 1)
-    torch.testing.assert_close(out.loss, unexplained((x - expected).flatten(0, 1), rows))
+    code = topk_code(scores(sae, rows).relu(), 3)
+    torch.testing.assert_close(dense_code(out, 24), code)
+    assert (out.values.diff() <= 0).all()
+    expected = code @ sae.decoder_weight + sae.pre_bias
+    torch.testing.assert_close(out.reconstruction, expected.view_as(x))
+    torch.testing.assert_close(sae.decode(*sae.encode(x)), out.reconstruction)
+    torch.testing.assert_close(sae.decode_sparse(*sae.encode(x)), out.reconstruction - sae.pre_bias)
     assert out.aux_loss == 0
-    parameters = list(sae.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(out.loss, parameters),
-        torch.autograd.grad(unexplained((x - expected).flatten(0, 1), rows), parameters),
-    )
+    assert out.sparsity_loss == 0
+    assert_same_loss(out.loss, unexplained(rows - expected, rows), sae)
+
+
+def test_gradients_reach_the_input():
+    sae = shaken(nn.TopKSAE(8, 24, 3))
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    code = topk_code(scores(sae, x).relu(), 3)
+    expected = unexplained(x - code @ sae.decoder_weight - sae.pre_bias, x)
+    torch.testing.assert_close(torch.autograd.grad(sae(x).loss, x), torch.autograd.grad(expected, x))
+
+
+def test_groups_give_each_their_best():
+    sae = shaken(nn.TopKSAE(8, 24, 6, groups=3))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    out = sae(x)
+    parts = scores(sae, x).relu().split(8, dim=-1)
+    code = torch.cat([topk_code(part, 2) for part in parts], dim=-1)
+    torch.testing.assert_close(dense_code(out, 24), code)
+    assert_same_loss(out.loss, unexplained(x - code @ sae.decoder_weight - sae.pre_bias, x), sae)
+
+
+def test_multi_topk_adds_a_second_reconstruction_in_training():
+    sae = shaken(nn.TopKSAE(8, 24, 3, multi_k=12, multi_weight=0.25, dead_after=2))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    out = sae(x)
+    activation = scores(sae, x).relu()
+    first, second = (unexplained(x - topk_code(activation, k) @ sae.decoder_weight - sae.pre_bias, x) for k in (3, 12))
+    torch.testing.assert_close(dense_code(out, 24), topk_code(activation, 3))
+    assert_same_loss(out.reconstruction_loss, first + 0.25 * second, sae)
+    fired = (topk_code(activation, 3) > 0).any(0)
+    assert torch.equal(sae.idle == 0, fired)  # what only the second reconstruction uses has not fired
+    assert_same_loss(sae.eval()(x).loss, first, sae)
+
+
+def test_multi_topk_trains_the_encoder_of_features_below_the_first_k():
+    sae = shaken(nn.TopKSAE(8, 24, 1, multi_k=4))
+    sae(torch.randn(1, 8, dtype=torch.float64)).loss.backward()
+    assert (sae.encoder_weight.grad != 0).any(-1).sum() > 1
 
 
 def test_encoder_starts_as_the_transposed_unit_norm_decoder():
     sae = nn.TopKSAE(8, 24, 3)
     assert torch.equal(sae.encoder_weight, sae.decoder_weight)
+    assert sae.encoder_weight.data_ptr() != sae.decoder_weight.data_ptr()
     torch.testing.assert_close(sae.decoder_weight.norm(dim=-1), torch.ones(24))
 
 
@@ -68,71 +87,7 @@ def test_idle_counts_the_rows_since_a_feature_fired():
     assert sae.idle.tolist() == [4, 1, 1, 6]
 
 
-def test_auxk_equals_the_dense_formula_and_trains_dead_features_only():
-    torch.manual_seed(1)
-    sae = trained_looking(aux_k=4, dead_after=100)
-    x = torch.randn(16, 8, dtype=torch.float64)
-    fired = sae(x).indices.unique()
-    asleep = torch.ones(24, dtype=torch.bool)
-    asleep[fired] = False
-    with torch.no_grad():  # put some firing features to sleep as well
-        sae.encoder_bias[fired[:4]] -= 100.0
-        asleep[fired[:4]] = True
-    sae.idle[asleep] = 1000
-    out = sae(x)
-    dead = sae.dead
-    assert dead.sum() >= 5
-    assert not dead.all()
-
-    parameters = list(sae.parameters())
-    bias = sae.encoder_bias.masked_fill(~dead, -torch.inf)
-    code = dense_code(sae, x, bias, 4)
-    residual = (x - out.reconstruction).detach()
-    expected = unexplained(residual - code @ sae.decoder_weight, residual)
-    torch.testing.assert_close(out.aux_loss, expected)
-    actual = torch.autograd.grad(out.aux_loss, parameters, retain_graph=True)
-    torch.testing.assert_close(actual, torch.autograd.grad(expected, parameters))
-
-    grads = dict(zip(dict(sae.named_parameters()), actual, strict=True))
-    used = (code > 0).any(0)
-    assert used.any()
-    for name in ("encoder_weight", "decoder_weight"):
-        reached = grads[name].abs().sum(-1) > 0
-        assert torch.equal(reached, used), name
-    assert not (used & ~dead).any()
-    torch.testing.assert_close(out.loss, unexplained(x - out.reconstruction, x) + expected / 32)
-
-
-def test_auxk_is_zero_and_harmless_while_nothing_is_dead():
-    sae = nn.TopKSAE(8, 24, 3)
-    out = sae(torch.randn(16, 8))
-    assert out.aux_loss == 0
-    out.loss.backward()
-    for name, parameter in sae.named_parameters():
-        assert parameter.grad.isfinite().all(), name
-
-
-def test_auxk_brings_dead_features_back():
-    def dead_features(aux_k):
-        torch.manual_seed(0)
-        directions = torch.nn.functional.normalize(torch.randn(64, 16), dim=-1)
-        sae = nn.TopKSAE(16, 64, 2, aux_k=aux_k, aux_weight=1.0, dead_after=512)
-        with torch.no_grad():
-            sae.encoder_bias[16:] -= 1.0
-        optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
-        sae.keep_unit_norm(optimizer)
-        for _ in range(150):
-            active = torch.randint(64, (256, 2))
-            optimizer.zero_grad()
-            sae(directions[active].sum(1)).loss.backward()
-            optimizer.step()
-        return int(sae.dead.sum())
-
-    assert dead_features(aux_k=8) < 0.5 * dead_features(aux_k=0)
-
-
 def test_decoder_stays_unit_norm_and_its_gradient_orthogonal(digits):
-    torch.manual_seed(0)
     sae = nn.TopKSAE(64, 128, 8, dead_after=2000)
     sae.init_from(digits)
     start = sae(digits).loss.item()
@@ -156,7 +111,6 @@ def test_projection_without_a_gradient_does_nothing():
 
 
 def test_init_from_finds_the_geometric_median_and_the_best_encoder_scale():
-    torch.manual_seed(0)
     x = torch.randn(200, 8, dtype=torch.float64).exp() + 5.0
     x[0] += 1e6  # an outlier moves a mean, not a median
     sae = nn.TopKSAE(8, 24, 3).double()
@@ -168,12 +122,84 @@ def test_init_from_finds_the_geometric_median_and_the_best_encoder_scale():
     assert (residual * read).sum().abs() < 1e-9 * read.square().sum()
 
 
-@pytest.mark.parametrize(("options", "match"), [({"k": 0}, "k must"), ({"k": 25}, "k must")])
-def test_k_out_of_range_is_refused(options, match):
+# ---- KSparseAutoencoder ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ksparse_equals_the_dense_formula(tied):
+    model = shaken(nn.KSparseAutoencoder(8, 24, 3, tied=tied))
+    assert (model.decoder_weight is model.encoder_weight) == tied
+    x = torch.randn(5, 8, dtype=torch.float64)
+    out = model(x)
+    code = topk_code(scores(model, x), 3)  # linear: no relu
+    torch.testing.assert_close(dense_code(out, 24), code)
+    assert_same_loss(out.loss, unexplained(x - code @ model.decoder_weight - model.decoder_bias, x), model)
+
+
+def test_ksparse_keeps_negative_values():
+    model = nn.KSparseAutoencoder(2, 2, 2)
+    with torch.no_grad():
+        model.encoder_weight.copy_(torch.eye(2))
+    assert model(torch.tensor([[-3.0, 1.0]])).values.tolist() == [[1.0, -3.0]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ksparse_start_is_scaled_to_the_data(tied):
+    model = nn.KSparseAutoencoder(8, 24, 3, tied=tied).double()
+    x = 5.0 * torch.randn(100, 8, dtype=torch.float64) + 1.0
+    model.init_from(x, iterations=100)
+    # Tied weights also lengthen the decoder; either way no common factor of the code would help.
+    read = model.decode_sparse(*model.encode(x))
+    with torch.no_grad():
+        model.decoder_bias.copy_(x.median(0).values)
+    assert 0.5 < (x * read).sum() / read.square().sum() < 2.0
+
+
+def test_ksparse_anneals_k_and_keeps_more_in_evaluation():
+    model = nn.KSparseAutoencoder(8, 24, 4, start_k=12, alpha=1.5)
+    x = torch.randn(5, 8)
+
+    def kept():
+        return model(x).indices.shape[-1]
+
+    assert kept() == 12
+    model.anneal(0.5)
+    assert kept() == 8
+    model.anneal(2.0)
+    assert kept() == 4
+    model.eval()
+    assert kept() == 6
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: nn.TopKSAE(8, 24, 0), r"k must be in \[1, num_features=24\], got 0"),
+        (lambda: nn.TopKSAE(8, 24, 25), "k must"),
+        (lambda: nn.TopKSAE(8, 24, 3, aux_k=25), r"aux_k must be in \[0, num_features=24\], got 25"),
+        (lambda: nn.TopKSAE(8, 24, 3, dead_after=0), "dead_after must be at least 1, got 0"),
+        (lambda: nn.TopKSAE(8, 24, 3, groups=2), "groups must divide k=3 and num_features=24, got 2"),
+        (lambda: nn.TopKSAE(8, 24, 3, multi_k=3), "multi_k must"),
+        (lambda: nn.TopKSAE(8, 24, 4, multi_k=8, groups=2), "multi_k must"),
+        (lambda: nn.KSparseAutoencoder(8, 24, 4, start_k=3), r"start_k must be in \[k=4, num_features=24\], got 3"),
+        (lambda: nn.KSparseAutoencoder(8, 24, 4, alpha=0.0), "alpha must be positive, got 0.0"),
+        (lambda: nn.BatchTopKSAE(8, 24, 0.5), "k must"),
+        (lambda: nn.BatchTopKSAE(8, 24, 2, decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+        (lambda: nn.MatryoshkaSAE(8, (8, 8, 24), 2), r"widths must ascend from at least 1, got \(8, 8, 24\)"),
+        (lambda: nn.MatryoshkaSAE(8, (), 2), "widths must"),
+        (lambda: nn.JumpReLUSAE(8, 24, bandwidth=0.0), "bandwidth must be positive, got 0.0"),
+        (lambda: nn.JumpReLUSAE(8, 24, threshold=-1.0), "threshold must be positive, got -1.0"),
+        (lambda: nn.ReLUSAE(8, 24, aux_k=25), "aux_k must"),
+        (lambda: nn.Transcoder(8, 6, 24, 25), "k must"),
+        (lambda: nn.TopKSAE(8, 24, 3)(torch.zeros(5, 7)), r"x has shape \[5, 7\]; expected \[..., 8\]"),
+        (lambda: nn.Crosscoder(2, 8, 24, 3)(torch.zeros(5, 16)), r"x has shape \[5, 16\]; expected \[..., 2, 8\]"),
+        (lambda: nn.Transcoder(8, 6, 24, 3)(torch.zeros(5, 8), torch.zeros(5, 7)), r"target has shape \[5, 7\]"),
+        (lambda: nn.Transcoder(8, 6, 24, 3)(torch.zeros(5, 8), torch.zeros(4, 6)), "expected the same rows"),
+    ],
+)
+def test_wrong_arguments_are_told_what_was_expected(make, match):
     with pytest.raises(ValueError, match=match):
-        nn.TopKSAE(8, 24, **options)
-
-
-def test_aux_k_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="aux_k must"):
-        nn.TopKSAE(8, 24, 3, aux_k=25)
+        make()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from isthmus.nn import TopKSAE
-from isthmus.nn.sparse import TopKSAEOutput
+from isthmus.nn import SAEOutput, TopKSAE
 
 
 class SparseAutoencoder(nn.Module):
@@ -59,7 +58,7 @@ class SparseAutoencoder(nn.Module):
         self.head = head.requires_grad_(False)
         self.bottleneck = TopKSAE(dim, num_features, k, aux_k=aux_k, dead_after=dead_after)
 
-    def forward(self, activations: Tensor) -> TopKSAEOutput:
+    def forward(self, activations: Tensor) -> SAEOutput:
         """Reconstruct activations, which a training loop may have computed once for all."""
         return self.bottleneck(activations)
 

@@ -14,12 +14,17 @@ from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
 from .random_projection import RandomProjectionQuantizer
 from .residual import GroupedResidualVQ, ResidualVQ, ResidualVQOutput
 from .scalar import FSQ, LFQ, BinaryMapper, LatentQuantizer, LFQOutput, ScalarQuantizerOutput
-from .sparse import TopKSAE, TopKSAEOutput
+from .sparse import KSparseAutoencoder, SAEOutput, TopKSAE
+from .sparse_batch import BatchTopKSAE, MatryoshkaSAE
+from .sparse_matching import FeatureMatches, match_features
+from .sparse_threshold import GatedSAE, JumpReLUSAE, ReLUSAE
+from .sparse_transcoder import Crosscoder, Transcoder
 
 __all__ = [
     "FSQ",
     "LFQ",
     "AffineCodebook",
+    "BatchTopKSAE",
     "BayesLinear",
     "BinaryMapper",
     "CodeDiversity",
@@ -27,21 +32,30 @@ __all__ = [
     "CodebookFeatures",
     "CodebookFeaturesOutput",
     "CommitmentCrossEntropy",
+    "Crosscoder",
+    "FeatureMatches",
+    "GatedSAE",
     "GaussianBottleneck",
     "GaussianBottleneckOutput",
     "GroupedResidualVQ",
+    "JumpReLUSAE",
+    "KSparseAutoencoder",
     "KeyValueBottleneck",
     "KeyValueBottleneckOutput",
     "LFQOutput",
     "LatentQuantizer",
+    "MatryoshkaSAE",
     "RandomProjectionQuantizer",
+    "ReLUSAE",
     "ResidualVQ",
     "ResidualVQOutput",
+    "SAEOutput",
     "ScalarQuantizerOutput",
     "SimVQ",
     "TopKSAE",
-    "TopKSAEOutput",
+    "Transcoder",
     "VectorQuantizer",
     "VectorQuantizerOutput",
+    "match_features",
     "mean_only",
 ]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import isthmus.nn
 from isthmus.nn.codebook import VectorQuantizerOutput
 from isthmus.nn.gaussian import GaussianBottleneckOutput
-from isthmus.nn.sparse import TopKSAEOutput
+from isthmus.nn.sparse import SAEOutput
 
 
 class GaussianBottleneck(isthmus.nn.GaussianBottleneck):
@@ -69,7 +69,7 @@ class TopKSAE(isthmus.nn.TopKSAE):
     auxiliary loss reuses the pre-activations that the first ranking needed.
     """
 
-    def forward(self, x: Tensor) -> TopKSAEOutput:
+    def forward(self, x: Tensor) -> SAEOutput:
         features = F.linear(x - self.pre_bias, self.encoder_weight, self.encoder_bias)
         values, indices = _rank(features, self.k)
         reconstruction = self._gather(values, indices) + self.pre_bias
@@ -77,12 +77,14 @@ class TopKSAE(isthmus.nn.TopKSAE):
         loss = _unexplained(residual, x)
         aux_loss = torch.zeros_like(loss)
         if self.training:
-            self._track_firing(values.detach(), indices)
+            fired = torch.zeros_like(self.idle).index_add_(0, indices.flatten(), (values > 0).flatten().long())
+            self._note_firing(fired, len(x))
             if self.dead.any():
                 rest = residual.detach()
                 dead = features.masked_fill(~self.dead, -torch.inf)
                 aux_loss = _unexplained(rest - self._gather(*_rank(dead, self.aux_k)), rest)
-        return TopKSAEOutput(reconstruction, values, indices, loss + self.aux_weight * aux_loss, aux_loss)
+        total = loss + self.aux_weight * aux_loss
+        return SAEOutput(reconstruction, values, indices, None, total, loss, torch.zeros_like(loss), aux_loss)
 
     def _gather(self, values: Tensor, indices: Tensor) -> Tensor:
         return F.embedding_bag(indices, self.decoder_weight, per_sample_weights=values, mode="sum")
