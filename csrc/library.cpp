@@ -113,7 +113,7 @@ void define_schemas(StableLibrary& m) {
   m.def("narrow_indices(Tensor indices, int num_codes) -> Tensor");
 
   // topk
-  m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, int k, str activation) -> (Tensor, Tensor)");
+  m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, str activation, int groups, Tensor? among, bool return_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // selection
   m.def("threshold_encode(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor, Tensor)");

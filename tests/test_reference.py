@@ -694,7 +694,7 @@ one = torch.ones(1, 2)
         (lambda: reference.topk_encode(one, one, None, 0), r"k is 0; expected 1 to 1"),
         (
             lambda: reference.topk_encode(one, one, None, 1, activation="gelu"),
-            r"activation is 'gelu'; expected 'relu' or 'identity'",
+            r"activation is 'gelu'; expected 'relu', 'identity' or 'abs'",
         ),
         (
             lambda: reference.bayes_linear(one, one, one, estimator="flip", noise=one),

@@ -1,17 +1,27 @@
 // The top-k encoder on the CPU.
 //
-// A matrix product whose result is never stored: a register tile of pre-activations (core/product.h) is
-// compared with the running k-th best of each row, and the few that pass join that row's short list of candidates
-// (sparse/select.h). About k · (1 + log(F / k)) of the F features of a row ever pass, so selection hides behind the
-// product.
+//     screen    a matrix product whose result is never stored: a register tile gives upper bounds of the scores of 12
+//               rows and 32 features, from words of a byte for each number where the CPU multiplies those (words.inl,
+//               screen.inl)
+//     choose    bounds above the row's bar, its k-th best score so far, become candidates. When a row has many, or
+//               the panels in cache are used up, the most promising are scored exactly, which raises the bar, then
+//               those still above it (choose.inl)
 //
-// Extra memory: for each thread a block of x (about 1 MB), a panel of weights and the lists of its rows; and
-// what each range of features kept of each row, 8 bytes (12 in float64) for each of rows · ranges · k.
+// The answer is that of the exact scores: it depends neither on the screen, nor on how the work is cut, nor on the
+// level.
+//
+// Weights come in chunks: all threads write a chunk as panels, then every block of rows meets them. A feature that has
+// to be scored is read again while it is still in the third-level cache. About 4 k (1 + log(F / k)) features of a row
+// are candidates and half of them are scored.
+//
+// Extra memory: a chunk of panels and the words of some rows, at most about 8 MB each; for each row what is best so
+// far, 12 bytes for each of k.
 
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "core/product.h"
+#include "core/score.h"
 #include "topk/kernels.h"
 #include "topk/select.h"
 
@@ -22,236 +32,368 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// An item of work is a block of rows and a range of features. Selection is exact, so the cut changes nothing but speed.
-// Every block packs the weights it meets again, so blocks are large; ranges supply the parallelism. Neighbouring ranges
-// that fall to the same thread run as one, with one list of candidates.
-template <class C>
-struct EncodePlan {
-  static constexpr int64_t block_bytes = 1024 * 1024, list_bytes = 4 * 1024 * 1024;
-  static constexpr int64_t wanted_items = 32, least_range = 512;
+#include "topk/choose.inl"
+#include "topk/features.inl"
+#include "topk/screen.inl"
 
-  int64_t block_rows, blocks, range, ranges, capacity;
+// How the work is cut. Features form lists, equal parts of a group, each with its own best; of every list a *slice* is
+// in a chunk. Many rows have one list for a group, as a bar is the higher the more features it has seen; few rows have
+// more of them, for the sake of parallelism.
+struct Plan {
+  static constexpr int64_t wanted_items = 16, least_list = 1024, most_block_rows = 96, least_capacity = 256;
+  static constexpr int64_t batch_bytes = 8 * 1024 * 1024, chunk_bytes = 8 * 1024 * 1024, block_bytes = 1024 * 1024;
 
-  explicit EncodePlan(const TopkEncode& args) {
-    const int64_t row_bytes = larger(args.cols, 1) * int64_t(sizeof(C)), entry_bytes = sizeof(C) + sizeof(int32_t);
-    capacity = smaller(2 * args.k, args.features) + panel_width<C>;
-    const int64_t fitting = smaller(block_bytes / row_bytes, list_bytes / (capacity * entry_bytes));
-    const int64_t most_rows = larger(divide_up(fitting, tile_rows), 8) * tile_rows;
-    blocks = divide_up(args.rows, most_rows);
-    block_rows = divide_up(divide_up(args.rows, blocks), tile_rows) * tile_rows;
-    // Ranges are whole panels, no shorter than a few times k; the last one takes the rest.
-    const int64_t target = larger(args.features * blocks / wanted_items, larger(least_range, 8 * args.k));
-    range = target / panel_width<C> * panel_width<C>;
-    ranges = larger(args.features / range, 1);
+  int64_t k;                   // of a group
+  int64_t batch_rows;          // rows that share the panels of a chunk
+  int64_t block_rows, blocks;  // of a batch
+  int64_t parts, lists;        // lists of a group, and in all
+  int64_t slice;               // whole panels
+  int64_t longest;             // list
+  int64_t capacity;            // candidates of a row and list
+
+  // row_bytes: of a row in the screen, of the weights; width: of a panel.
+  template <class T>
+  Plan(const Features<T>& features, int64_t row_bytes, int64_t weight_bytes, int64_t width) {
+    const TopkEncode& args = features.args;
+    k = args.k / args.groups;
+    const int64_t kept_bytes = 12 * args.k + 16 * args.groups;
+    batch_rows = whole_tiles(smaller(args.rows, larger(batch_bytes / larger(row_bytes, kept_bytes), tile_rows)));
+    block_rows = whole_tiles(smaller(most_block_rows, divide_up(batch_rows, wanted_items)));
+    int64_t largest = 0;
+    for (int64_t g = 0; g < args.groups; ++g) {
+      largest = larger(largest, features.starts.data[g + 1] - features.starts.data[g]);
+    }
+    parts = wanted_items / (divide_up(batch_rows, block_rows) * args.groups);
+    parts = larger(smaller(parts, largest / larger(least_list, 8 * k)), 1);
+    lists = parts * args.groups;
+    longest = divide_up(largest, parts);
+    slice = smaller(larger(chunk_bytes / larger(weight_bytes, 1) / lists, 4 * k), longest);
+    slice = larger(divide_up(slice, width), 1) * width;
+    capacity = smaller(larger(least_capacity, 4 * k), slice) + width;
+    block_rows = smaller(block_rows, whole_tiles(larger(block_bytes / (capacity * 12), tile_rows)));
+    blocks = divide_up(batch_rows, block_rows);
   }
 
-  int64_t items() const { return blocks * ranges; }
-  int64_t first_feature(int64_t r, int64_t features) const { return r == ranges ? features : r * range; }
+  static int64_t whole_tiles(int64_t rows) { return divide_up(rows, tile_rows) * tile_rows; }
+  // Where list l begins.
+  template <class T>
+  int64_t begin(const Features<T>& features, int64_t list) const {
+    const int64_t group = list / parts, part = list % parts, first = features.starts.data[group];
+    return first + (features.starts.data[group + 1] - first) * part / parts;
+  }
 };
 
-// What the ranges of a block found: the k best of each row, in feature order. A NaN in the first place marks a row with
-// a NaN in that range.
-template <class C>
-struct Survivors {
-  const int64_t ranges, k;
-  Buffer<C> values;         // [rows, ranges, k]
-  Buffer<int32_t> indices;  // [rows, ranges, k]
-  Buffer<bool> present;     // [blocks, ranges]; false if an earlier range took this one along
+template <class T, class Words>
+struct BlockScan;
 
-  Survivors(const EncodePlan<C>& plan, int64_t rows, int64_t k_)
-      : ranges(plan.ranges), k(k_), values(rows * ranges * k), indices(rows * ranges * k), present(plan.items()) {}
-
-  int64_t position(int64_t row, int64_t range) const { return (row * ranges + range) * k; }
-};
-
-// Asks for the lines of a stretch of memory, to wait in the second-level cache.
-template <class T>
-inline void prefetch(const T* from, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
-template <class T>
+// A batch of rows, and the panels of the current chunk.
+template <class T, class Words>
 struct Encoder {
   using C = Compute<T>;
   static constexpr int width = panel_width<C>;
-  static constexpr uint32_t all_lanes = (1u << lanes<C>)-1;
-  static constexpr int64_t broken = -1;  // the count of a row in which a NaN was met
 
   const TopkEncode& args;
-  const EncodePlan<C>& plan;
-  const Survivors<C>& survivors;
-  const int64_t list_stride = plan.capacity + lanes<C>;
-  Buffer<C> tiles{plan.block_rows * args.cols};
-  Buffer<C> panel{width * args.cols};
-  Buffer<C> scores{tile_rows * width};
-  // Of each row: what a candidate has to exceed, and the candidates so far.
-  Buffer<C> thresholds{plan.block_rows};
-  Buffer<int64_t> counts{plan.block_rows};
-  Buffer<C> values{plan.block_rows * list_stride};
-  Buffer<int32_t> indices{plan.block_rows * list_stride};
+  const Features<T>& features;
+  const Plan& plan;
+  const Best& best;
+  const Screen<Words> screen{args.cols, args.activation == Activation::abs};
+  const int64_t depth = screen.depth, panels = plan.slice / width;  // of a list
+  Buffer<C> words{plan.batch_rows * depth};
+  Buffer<C> units{plan.batch_rows}, lengths{plan.batch_rows}, slopes{plan.batch_rows / tile_rows};
+  Buffer<C> panel_words{plan.lists * panels * width * depth};
+  Buffer<C> panel_terms{plan.lists * panels * width * Panel<C>::terms};
 
-  Candidates<C> candidates(int64_t row) const {
-    return {values.data + row * list_stride, indices.data + row * list_stride, counts.data[row]};
+  const T* row(int64_t r) const { return static_cast<const T*>(args.x) + r * args.cols; }
+  RowTile<C> tile(int64_t r) const {
+    return {words.data + r * depth, units.data + r, lengths.data + r, slopes.data[r / tile_rows]};
+  }
+  Panel<C> panel(int64_t p) const {
+    return {panel_words.data + p * width * depth, panel_terms.data + p * width * Panel<C>::terms};
+  }
+  int64_t first_of(int64_t list, int64_t chunk) const { return plan.begin(features, list) + chunk * plan.slice; }
+  int64_t in_slice(int64_t list, int64_t chunk) const {
+    return smaller(plan.slice, plan.begin(features, list + 1) - first_of(list, chunk));
   }
 
-  void pack_block(int64_t first, int64_t rows) const {
-    const T* x = static_cast<const T*>(args.x) + first * args.cols;
-    for (int64_t r = 0; r < rows; r += tile_rows) {
-      pack_rows<tile_rows>(x + r * args.cols, args.cols, smaller(tile_rows, rows - r), args.cols,
-                           tiles.data + r * args.cols);
-    }
-  }
-
-  // scores[r][j] = bias[j] + x[r] · weight[j] for one tile and one panel.
-  ISTHMUS_NOINLINE void score(const C* tile, int64_t rows, Vec<C> bias0, Vec<C> bias1) const {
-    dispatch_rows(rows, [&]<int Rows>() {
-      Vec<C> acc[Rows][2];
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        acc[r][0] = bias0;
-        acc[r][1] = bias1;
-      }
-      multiply_tile(tile, panel.data, args.cols, acc);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        store(scores.data + r * width, acc[r][0]);
-        store(scores.data + r * width + lanes<C>, acc[r][1]);
+  void write_rows(int64_t first, int64_t rows) const {
+    parallel_for(divide_up(rows, tile_rows), 1, [&](int64_t begin, int64_t end) {
+      const Buffer<C> scratch(tile_rows * screen.padded);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t r = t * tile_rows;
+        slopes.data[t] = screen.pack_tile(row(first + r), smaller(tile_rows, rows - r), words.data + r * depth,
+                                          units.data + r, lengths.data + r, scratch.data);
       }
     });
   }
 
-  // The lanes in `bits` become candidates; a full list is cut down to the k best, which raises the threshold.
-  ISTHMUS_NOINLINE void append(int64_t row, Vec<C> score, uint32_t bits, int64_t feature) const {
-    if ((lane_bits<C>(score != score) & bits) != 0) {
-      thresholds.data[row] = static_cast<C>(__builtin_inf());
-      counts.data[row] = broken;
-      return;
-    }
-    if (args.activation == Activation::relu) score = score > 0 ? score : Vec<C>{};
-    Candidates<C> list = candidates(row);
-    list.append(score, indices_from<C>(static_cast<int32_t>(feature)), bits);
-    if (list.count + lanes<C> > plan.capacity) thresholds.data[row] = keep_best(list, args.k);
-    counts.data[row] = list.count;
-  }
-
-  // The scores of one row and panel; bit j of `inside` is set if feature + j exists.
-  void filter(int64_t row, const C* row_scores, int64_t feature, uint32_t inside) const {
-    for (int j = 0; j < width; j += lanes<C>, inside >>= lanes<C>) {
-      const Vec<C> score = load(row_scores + j);
-      // Not `score > threshold`: a NaN must pass, and so must everything while the threshold itself is still NaN.
-      const uint32_t bits = ~lane_bits<C>(score <= splat(thresholds.data[row])) & inside & all_lanes;
-      if (bits != 0) append(row, score, bits, feature + j);
-    }
-  }
-
-  void encode_features(int64_t rows, int64_t begin, int64_t end) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      thresholds.data[row] = static_cast<C>(__builtin_nan(""));
-      counts.data[row] = 0;
-    }
-    const T *weight = static_cast<const T*>(args.weight), *bias = static_cast<const T*>(args.bias);
-    for (int64_t f = begin; f < end; f += width) {
-      const int64_t features = smaller(width, end - f), in_second = features - lanes<C>;
-      const uint32_t inside = ~0u >> (32 - features);
-      pack_rows<width>(weight + f * args.cols, args.cols, features, args.cols, panel.data);
-      Vec<C> bias0 = {}, bias1 = {};
-      if (bias != nullptr) bias0 = load_first(bias + f, features);
-      if (bias != nullptr && in_second > 0) bias1 = load_first(bias + f + lanes<C>, in_second);
-      // Packing reads many rows side by side, too many for the hardware to foresee: fetch the next panel meanwhile.
-      const int64_t ahead = smaller(width, end - f - features) * args.cols;
-      const int64_t share = divide_up(ahead, divide_up(rows, tile_rows));
-      const T* next = weight + (f + width) * args.cols;
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int64_t tile = smaller(tile_rows, rows - r), fetched = r / tile_rows * share;
-        if (fetched < ahead) prefetch(next + fetched, smaller(share, ahead - fetched));
-        score(tiles.data + r * args.cols, tile, bias0, bias1);
-        for (int64_t i = 0; i < tile; ++i) filter(r + i, scores.data + i * width, f, inside);
+  void write_panels(int64_t chunk) const {
+    parallel_for(plan.lists * panels, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<C> scratch(width * screen.padded);
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t list = p / panels, from = p % panels * width, count = in_slice(list, chunk) - from;
+        if (count <= 0) continue;
+        const int64_t first = first_of(list, chunk) + from;
+        screen.pack_panel([&](int64_t i) { return features.weight(first + i); },
+                          [&](int64_t i) { return features.bias(first + i); }, smaller(width, count), panel(p),
+                          scratch.data);
       }
-    }
+    });
   }
 
-  void keep_survivors(int64_t first, int64_t rows, int64_t range) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t to = survivors.position(first + row, range);
-      Candidates<C> list = candidates(row);
-      if (list.count == broken) {
-        survivors.values.data[to] = static_cast<C>(__builtin_nan(""));
-        continue;
-      }
-      if (list.count > args.k) keep_best(list, args.k);
-      std::memcpy(survivors.values.data + to, list.values, static_cast<size_t>(args.k) * sizeof(C));
-      std::memcpy(survivors.indices.data + to, list.indices, static_cast<size_t>(args.k) * sizeof(int32_t));
-    }
-  }
-
-  void run(int64_t begin, int64_t end) const {
-    for (int64_t item = begin; item < end;) {
-      const int64_t block = item / plan.ranges, next = smaller(end, (block + 1) * plan.ranges);
-      const int64_t first = block * plan.block_rows, rows = smaller(plan.block_rows, args.rows - first);
-      const int64_t range = item % plan.ranges, last = range + next - item;
-      pack_block(first, rows);
-      encode_features(rows, plan.first_feature(range, args.features), plan.first_feature(last, args.features));
-      keep_survivors(first, rows, range);
-      survivors.present.data[item++] = true;
-      while (item < next) survivors.present.data[item++] = false;
+  // The batch of `rows` rows from `first`.
+  void run(int64_t first, int64_t rows) const {
+    write_rows(first, rows);
+    best.clear();
+    for (int64_t chunk = 0; chunk * plan.slice < plan.longest; ++chunk) {
+      write_panels(chunk);
+      parallel_for(plan.blocks * plan.lists, 1, [&](int64_t begin, int64_t end) {
+        const BlockScan<T, Words> scan{*this};
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t r = item / plan.lists * plan.block_rows, list = item % plan.lists;
+          scan.meet(first, r, smaller(plan.block_rows, rows - r), list, chunk);
+        }
+      });
     }
   }
 };
 
-// Brings together what the ranges found for each row, and sorts it.
+// The scratch of one thread.
+template <class T, class Words>
+struct BlockScan {
+  using C = Compute<T>;
+  static constexpr int width = panel_width<C>;
+
+  const Encoder<T, Words>& encoder;
+  const Plan& plan = encoder.plan;
+  const int64_t stride = plan.capacity + lanes<C>;
+  Chooser<T> chooser{encoder.features, encoder.best, plan.capacity};
+  Buffer<C> bars{plan.block_rows};
+  Buffer<int64_t> counts{plan.block_rows};
+  Buffer<C> bounds{plan.block_rows * stride};
+  Buffer<int32_t> positions{plan.block_rows * stride};
+  Buffer<C> scores{tile_rows * width};
+  Buffer<uint32_t> passed{tile_rows};
+
+  // Rows r … r + rows - 1 of the batch that begins at row `first`.
+  void meet(int64_t first, int64_t r, int64_t rows, int64_t list, int64_t chunk) const {
+    const int64_t count = encoder.in_slice(list, chunk), position = encoder.first_of(list, chunk);
+    for (int64_t i = 0; i < rows; ++i) begin_row(i, place(r + i, list));
+    for (int64_t f = 0; f < count; f += width) {
+      const uint32_t inside = ~0u >> (32 - smaller(width, count - f));
+      for (int64_t t = 0; t < rows; t += tile_rows) {
+        const int64_t in_tile = smaller(tile_rows, rows - t);
+        encoder.screen.meet(encoder.tile(r + t), in_tile, encoder.panel(list * encoder.panels + f / width),
+                            bars.data + t, scores.data, passed.data);
+        for (int64_t i = 0; i < in_tile; ++i) {
+          const uint32_t bits = passed.data[i] & inside;
+          if (bits == 0) continue;
+          append(t + i, scores.data + i * width, position + f, bits);
+          if (counts.data[t + i] + width > plan.capacity) settle(t + i, place(r + t + i, list), first + r + t + i);
+        }
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) settle(i, place(r + i, list), first + r + i);
+  }
+
+  int64_t place(int64_t row, int64_t list) const { return row * plan.lists + list; }
+
+  void begin_row(int64_t i, int64_t place) const {
+    bars.data[i] = rounded_down<C>(encoder.best.bar(place));
+    counts.data[i] = 0;
+  }
+
+  // What is not a number is above everything.
+  ISTHMUS_INLINE void append(int64_t i, const C* row_bounds, int64_t position, uint32_t bits) const {
+    Candidates<C> list{bounds.data + i * stride, positions.data + i * stride, counts.data[i]};
+    for (int j = 0; j < width; j += lanes<C>, bits >>= lanes<C>) {
+      const Vec<C> bound = load(row_bounds + j), infinite = Vec<C>{} + static_cast<C>(__builtin_inf());
+      list.append(bound == bound ? bound : infinite, indices_from<C>(static_cast<int32_t>(position + j)),
+                  bits & ((1u << lanes<C>)-1));
+    }
+    counts.data[i] = list.count;
+  }
+
+  ISTHMUS_NOINLINE void settle(int64_t i, int64_t place, int64_t row) const {
+    chooser.settle(place, encoder.row(row), {bounds.data + i * stride, positions.data + i * stride, counts.data[i]});
+    begin_row(i, place);
+  }
+};
+
+// Few rows: every score is exact, and what takes the time is to read the weights once.
+template <class T>
+struct FewRows {
+  static constexpr int64_t most_rows = 4, at_once = 64;
+
+  const Features<T>& features;
+  const Plan& plan;
+  const Best& best;
+  const int64_t rows;
+
+  void run() const {
+    parallel_for(plan.lists, 1, [&](int64_t begin, int64_t end) {
+      const ExactRow<T> x[most_rows] = {{features}, {features}, {features}, {features}};
+      for (int64_t r = 0; r < rows; ++r) x[r].set(static_cast<const T*>(features.args.x) + r * features.args.cols);
+      for (int64_t list = begin; list < end; ++list) scan(list, x);
+    });
+  }
+
+  void scan(int64_t list, const ExactRow<T>* x) const {
+    int32_t positions[at_once];
+    double scores[at_once];
+    const int64_t end = plan.begin(features, list + 1);
+    for (int64_t first = plan.begin(features, list); first < end; first += at_once) {
+      const int64_t count = smaller(at_once, end - first);
+      for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(first + i);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t place = r * plan.lists + list;
+        x[r].score(positions, count, scores);
+        for (int64_t i = 0; i < count; ++i) {
+          if (!(best.ranking.rank(scores[i]) <= best.bar(place))) best.offer(place, scores[i], positions[i]);
+        }
+      }
+    }
+  }
+};
+
+// Brings together what the lists of a row hold, and sorts it.
 template <class T>
 struct Finisher {
-  using C = Compute<T>;
-
   const TopkEncode& args;
-  const Survivors<C>& survivors;
-  const int64_t room = survivors.ranges * args.k + lanes<C>;
-  Buffer<C> values{2 * room};
-  Buffer<int32_t> indices{2 * room};
+  const Features<T>& features;
+  const Plan& plan;
+  const Best& best;
+  Buffer<bool> positive{plan.k};
 
-  // False if there was a NaN.
-  bool collect(int64_t row, const bool* present, Candidates<C>& list) const {
-    for (int64_t range = 0; range < survivors.ranges; ++range) {
-      if (!present[range]) continue;
-      const C* found = survivors.values.data + survivors.position(row, range);
-      const int32_t* where = survivors.indices.data + survivors.position(row, range);
-      if (found[0] != found[0]) return false;
-      std::memcpy(list.values + list.count, found, static_cast<size_t>(args.k) * sizeof(C));
-      std::memcpy(list.indices + list.count, where, static_cast<size_t>(args.k) * sizeof(int32_t));
-      list.count += args.k;
+  // place: of the first list of the row.
+  void finish(int64_t row, int64_t place) const {
+    T* values = static_cast<T*>(args.values) + row * args.k;
+    int64_t* indices = args.indices + row * args.k;
+    for (int64_t list = 0; list < plan.lists; ++list) {
+      if (best.is_broken(place + list)) return fill(values, indices, args.k, __builtin_nan(""), 0);
     }
-    return true;
+    for (int64_t g = 0; g < args.groups; ++g) {
+      finish_group(g, place + g * plan.parts, values + g * plan.k, indices + g * plan.k);
+    }
   }
 
-  void finish(int64_t row, const bool* present) const {
-    Candidates<C> list{values.data, indices.data, 0};
-    const bool whole = collect(row, present, list);
-    if (whole) {
-      if (list.count > args.k) keep_best(list, args.k);
-      list = sort_descending(list, {values.data + room, indices.data + room, 0});
+  static void fill(T* values, int64_t* indices, int64_t count, double value, int64_t index) {
+    for (int64_t j = 0; j < count; ++j) {
+      store_score(values + j, value);
+      indices[j] = index;
     }
-    T* out_values = static_cast<T*>(args.values) + row * args.k;
-    for (int64_t j = 0; j < args.k; ++j) {
-      store_one(out_values + j, whole ? list.values[j] : static_cast<C>(__builtin_nan("")));
-      args.indices[row * args.k + j] = whole ? list.indices[j] : 0;
+  }
+
+  void finish_group(int64_t group, int64_t place, T* values, int64_t* indices) const {
+    for (int64_t part = 1; part < plan.parts; ++part) {
+      const BestHeap other = best.heap(place + part);
+      for (int64_t i = 0; i < other.count; ++i) {
+        const int32_t note = other.notes[i];
+        best.offer(place, Ranking::score(other.values[i], note), Ranking::position(note));
+      }
     }
+    BestHeap heap = best.heap(place);
+    int64_t filled = heap.count;
+    if (args.activation == Activation::relu) filled += add_zeros(group, heap, values, indices);
+    fill(values + filled, indices + filled, plan.k - filled, 0, -1);
+    while (heap.count > 0) {
+      const int64_t j = heap.count - 1;
+      store_score(values + j, Ranking::score(heap.values[0], heap.notes[0]));
+      indices[j] = features.id(Ranking::position(heap.notes[0]));
+      heap.pop();
+    }
+  }
+
+  // A heap of fewer than k holds all features that are positive. Behind them, the first of the others count as 0.
+  int64_t add_zeros(int64_t group, const BestHeap& heap, T* values, int64_t* indices) const {
+    const int64_t first = features.starts.data[group], there = features.starts.data[group + 1] - first;
+    const int64_t wanted = smaller(plan.k, there) - heap.count;
+    for (int64_t p = 0; p < plan.k; ++p) positive.data[p] = false;
+    for (int64_t i = 0; i < heap.count; ++i) {
+      if (heap.notes[i] - first < plan.k) positive.data[heap.notes[i] - first] = true;
+    }
+    int64_t j = heap.count;
+    for (int64_t p = 0; j < heap.count + wanted; ++p) {
+      if (positive.data[p]) continue;
+      store_score(values + j, 0.0);
+      indices[j++] = features.id(first + p);
+    }
+    return wanted;
   }
 };
+
+template <class T>
+void finish_rows(const Features<T>& features, const Plan& plan, const Best& best, int64_t first, int64_t rows) {
+  parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
+    const Finisher<T> finisher{features.args, features, plan, best};
+    for (int64_t row = begin; row < end; ++row) finisher.finish(first + row, row * plan.lists);
+  });
+}
+
+template <class T>
+void encode_few(const Features<T>& features) {
+  const TopkEncode& args = features.args;
+  const Plan plan(features, 1, 1, 1);
+  const Best best(args.rows * plan.lists, plan.k, args.activation);
+  FewRows<T>{features, plan, best, args.rows}.run();
+  finish_rows(features, plan, best, 0, args.rows);
+}
+
+template <class T, class Words>
+void encode_many(const Features<T>& features) {
+  using C = Compute<T>;
+  const TopkEncode& args = features.args;
+  const int64_t word_bytes = Words::depth(args.cols) * int64_t(sizeof(C));
+  const Plan plan(features, word_bytes, larger(word_bytes, args.cols * int64_t(sizeof(T))), panel_width<C>);
+  const Best best(plan.batch_rows * plan.lists, plan.k, args.activation);
+  const Encoder<T, Words> encoder{args, features, plan, best};
+  for (int64_t first = 0; first < args.rows; first += plan.batch_rows) {
+    const int64_t rows = smaller(plan.batch_rows, args.rows - first);
+    encoder.run(first, rows);
+    finish_rows(features, plan, best, first, rows);
+  }
+}
+
+// What coarse words leave out of some vectors from all over a matrix, on average, in parts of their length.
+template <class Words, bool Row, class Vector>
+double average_loss(const Vector& vector, int64_t count, int64_t cols) {
+  constexpr int64_t sample = 16;
+  const Buffer<float> words(divide_up(cols, lanes<float>) * lanes<float>);
+  double sum = 0;
+  for (int64_t i = 0; i < sample; ++i) {
+    const Extent extent = Words::template write<Row>(vector(i * count / sample), cols, words.data);
+    if (!extent.is_wild() && extent.length > 0) sum += extent.loss / extent.length;
+  }
+  return sum / sample;
+}
+
+// Coarse words make the product faster and let more features pass. Scores are about as large as |x| |w| / √D; of
+// normally distributed ones, exp(loss · √(2 log(F / k))) times as many pass if the bound is wider by `loss`.
+template <class Words, class T>
+bool is_worthwhile(const Features<T>& features) {
+  constexpr double most_passing = 1.0 / 24;
+  const int64_t cols = features.args.cols, count = features.count();
+  if (cols < Words::least_cols || cols > Words::most_cols || count == 0) return false;
+  const auto row = [&](int64_t i) { return static_cast<const T*>(features.args.x) + i * cols; };
+  const auto weight = [&](int64_t i) { return features.weight(i); };
+  const double total =
+      average_loss<Words, true>(row, features.args.rows, cols) + average_loss<Words, false>(weight, count, cols);
+  const double loss = total * __builtin_sqrt(static_cast<double>(cols));
+  const double part = static_cast<double>(features.args.k) / static_cast<double>(count);
+  return part < most_passing && loss * __builtin_sqrt(-2 * __builtin_log(part)) < __builtin_log(most_passing / part);
+}
 
 void encode(const TopkEncode& args) {
   if (args.rows == 0) return;
   dispatch_dtype(args.dtype, [&]<class T>() {
-    const EncodePlan<Compute<T>> plan(args);
-    const Survivors<Compute<T>> survivors(plan, args.rows, args.k);
-    parallel_for(plan.items(), 1,
-                 [&](int64_t begin, int64_t end) { Encoder<T>{args, plan, survivors}.run(begin, end); });
-    parallel_for(args.rows, 64, [&](int64_t begin, int64_t end) {
-      const Finisher<T> finisher{args, survivors};
-      for (int64_t row = begin; row < end; ++row) {
-        finisher.finish(row, survivors.present.data + row / plan.block_rows * plan.ranges);
-      }
-    });
+    const Features<T> features(args);
+    if (args.rows <= FewRows<T>::most_rows) return encode_few(features);
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+    if constexpr (sizeof(Compute<T>) == 4) {
+      if (is_worthwhile<Bytes>(features)) return encode_many<T, Bytes>(features);
+      if (is_worthwhile<Pairs>(features)) return encode_many<T, Pairs>(features);
+    }
+#endif
+    encode_many<T, Fine<Compute<T>>>(features);
   });
 }
 

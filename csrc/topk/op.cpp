@@ -1,6 +1,7 @@
 // Host entries of the topk family: checks, allocation, dispatch. Schemas in csrc/library.cpp.
 
 #include "op.h"
+#include "sparse/code.h"
 #include "topk/kernels.h"
 
 namespace isthmus {
@@ -13,52 +14,60 @@ Activation parse_activation(const std::string& name) {
   fail("activation is '", name, "'; expected 'relu', 'identity' or 'abs'");
 }
 
-// A matrix [features, cols]; cols < 0 leaves the width free.
-void check_weight(const Tensor& weight, int64_t cols, const Tensor& like, const char* like_name) {
+void check_shapes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (x.dim() != 2) fail("x has shape ", shape_of(x), "; expected [rows, columns]");
   if (weight.dim() != 2) fail("weight has shape ", shape_of(weight), "; expected [features, columns]");
-  check_matrix(weight, "weight", -1, cols < 0 ? weight.size(1) : cols, like, like_name);
+  check_matrix(weight, "weight", -1, x.size(1), x, "x");
   constexpr int64_t limit = int64_t(1) << 31;
   if (weight.size(0) >= limit) fail("weight has ", weight.size(0), " rows; expected fewer than 2^31 features");
+  if (bias) check_vector(*bias, "bias", weight.size(0), x, "x");
 }
 
-// The memory a CUDA kernel works in; on the CPU a kernel takes its own.
-template <class Args>
-Tensor workspace_for([[maybe_unused]] const Args& args, const Tensor& like) {
-  int64_t bytes = 0;
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) bytes = cuda::topk_workspace(args);
-#endif
-  return empty({bytes}, ScalarType::Byte, like);
-}
-
-std::tuple<Tensor, Tensor> topk_encode(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, int64_t k,
-                                       const std::string& activation) {
-  if (x_.dim() != 2) fail("x has shape ", shape_of(x_), "; expected [rows, columns]");
-  check_weight(weight_, x_.size(1), x_, "x");
-  const int64_t rows = x_.size(0), features = weight_.size(0);
-  if (bias_) check_vector(*bias_, "bias", features, x_, "x");
+void check_selection(int64_t k, int64_t groups, const OptionalTensor& among, int64_t features, const Tensor& x) {
   if (k < 1 || k > features) fail("k is ", k, "; expected 1 to ", features, ", the number of features");
+  if (groups < 1 || features % groups != 0 || k % groups != 0) {
+    fail("groups is ", groups, "; expected a divisor of ", features, ", the number of features, and of k, which is ",
+         k);
+  }
+  if (among) check_tensor(*among, "among", ScalarType::Bool, {features}, x, "x");
+}
+
+// The order is that of the entries that have a gradient; without one, its tensors are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode(const Tensor& x_, const Tensor& weight_,
+                                                               const OptionalTensor& bias_, int64_t k,
+                                                               const std::string& activation_, int64_t groups,
+                                                               const OptionalTensor& among_, bool return_order) {
+  check_shapes(x_, weight_, bias_);
+  const int64_t rows = x_.size(0), features = weight_.size(0);
+  check_selection(k, groups, among_, features, x_);
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
-  const OptionalTensor bias = as_contiguous(bias_);
+  const OptionalTensor bias = as_contiguous(bias_), among = as_contiguous(among_);
   const Tensor values = empty({rows, k}, x.scalar_type(), x), indices = empty({rows, k}, ScalarType::Long, x);
+  const Activation activation = parse_activation(activation_);
   TopkEncode args{.dtype = dtype_of(x, "x"),
-                  .activation = parse_activation(activation),
+                  .activation = activation,
                   .rows = rows,
                   .cols = x.size(1),
                   .features = features,
                   .k = k,
-                  .groups = 1,
+                  .groups = groups,
                   .x = data(x),
                   .weight = data(weight),
                   .bias = data(bias),
-                  .among = nullptr,
+                  .among = static_cast<const bool*>(data(among)),
                   .values = mutable_data(values),
                   .indices = static_cast<int64_t*>(mutable_data(indices)),
                   .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, x);
-  args.workspace = mutable_data(workspace);
+  [[maybe_unused]] const Tensor workspace = ISTHMUS_ALLOCATE(x, topk, args);
   ISTHMUS_LAUNCH(x, topk, encode, args);
-  return {values, indices};
+  if (!return_order) {
+    const auto none = [&] { return empty({0}, ScalarType::Long, x); };
+    return {values, indices, none(), none(), none()};
+  }
+  const SparseCode code(indices, std::nullopt, features);
+  const Order order =
+      sort_latents(code, features, activation == Activation::relu ? OptionalTensor(values) : std::nullopt);
+  return {values, indices, order.entries, order.rows, order.starts};
 }
 
 }  // namespace

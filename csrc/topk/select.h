@@ -1,5 +1,4 @@
-// The k best of a short list that keeps its order: where ranks are equal, the earlier entry wins. Lists are filled in
-// order of feature, so ties go to the lowest index without an index ever being compared.
+// What selections are made of: numbers in order, short lists, heaps.
 #pragma once
 
 #include "core/simd.h"
@@ -49,7 +48,8 @@ ISTHMUS_INLINE C from_ordered(Ordered<C> ordered) {
   return value;
 }
 
-// ---- selection -----------------------------------------------------------------------------------------------------
+// ---- lists and heaps
+// -----------------------------------------------------------------------------------------------------
 
 template <class C>
 struct IndexVecOf {
@@ -117,7 +117,7 @@ ISTHMUS_INLINE void each_vector(int64_t count, F&& f) {
 }
 
 template <class C>
-inline int64_t count_at_least(const Candidates<C>& list, C bound) {
+ISTHMUS_INLINE int64_t count_at_least(const Candidates<C>& list, C bound) {
   const Vec<C> bounds = splat(bound);
   int64_t total = 0;
   each_vector<C>(list.count, [&](int64_t i, uint32_t inside) {
@@ -126,77 +126,68 @@ inline int64_t count_at_least(const Candidates<C>& list, C bound) {
   return total;
 }
 
-// A value with at least k entries at or above it and at most k above: bisection over all numbers of the type. Each step
-// is one vector pass over a list that sits in L1.
+// A value that at least `wanted` entries reach and, unless many are equal, at most twice as many.
 template <class C>
-inline C cut_value(const Candidates<C>& list, int64_t k) {
-  Ordered<C> low = to_ordered(static_cast<C>(-__builtin_inf())), high = to_ordered(static_cast<C>(__builtin_inf()));
+inline C cut_value(const Candidates<C>& list, int64_t wanted) {
+  Vec<C> least = splat(list.values[0]), most = least;
+  each_vector<C>(list.count, [&](int64_t i, uint32_t) {
+    const Vec<C> part =
+        i + lanes<C> <= list.count ? load(list.values + i) : load_first(list.values + i, list.count - i);
+    least = part < least ? part : least;
+    most = greater(part, most);
+  });
+  Ordered<C> low = to_ordered(C(0) - largest_lane<C>(Vec<C>{} - least)), high = to_ordered(largest_lane<C>(most));
   while (low < high) {
     const Ordered<C> middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
     const int64_t count = count_at_least(list, from_ordered<C>(middle));
-    if (count == k) return from_ordered<C>(middle);
-    if (count > k) {
-      low = middle;
-    } else {
+    if (count < wanted) {
       high = middle - 1;
+    } else {
+      low = middle;
+      if (count <= 2 * wanted) break;
     }
   }
   return from_ordered<C>(low);
 }
 
-// Reduces the list to its k best entries, in their old order. Nothing that comes later belongs among them unless it is
-// above the value returned.
-template <class C>
-inline C keep_best(Candidates<C>& list, int64_t k) {
-  const C cut = cut_value(list, k);
-  const Vec<C> cuts = splat(cut);
-  int64_t ties = k;
-  each_vector<C>(list.count, [&](int64_t i, uint32_t inside) {
-    ties -= __builtin_popcount(lane_bits<C>(load(list.values + i) > cuts) & inside);
-  });
-  Candidates<C> kept{list.values, list.indices, 0};
-  each_vector<C>(list.count, [&](int64_t i, uint32_t inside) {
-    const Vec<C> value = load(list.values + i);
-    uint32_t keep = lane_bits<C>(value > cuts);
-    for (uint32_t tied = lane_bits<C>(value == cuts) & inside; tied != 0 && ties > 0; tied &= tied - 1, --ties) {
-      keep |= tied & -tied;
-    }
-    kept.append(value, load_indices<C>(list.indices + i), keep & inside);
-  });
-  list = kept;
-  return cut;
-}
+// A binary heap in two arrays; Order::before(value, note, other value, other note) tells what is nearer to the root.
+template <class C, class Order>
+struct Heap {
+  C* values;
+  int32_t* notes;
+  int64_t count;
 
-// Merges the sorted runs [0, middle) and [middle, end): larger first, the left one where they are equal.
-template <class C>
-inline void merge_runs(const Candidates<C>& from, int64_t begin, int64_t middle, int64_t end, Candidates<C>& to) {
-  int64_t left = begin, right = middle;
-  for (int64_t i = begin; i < end; ++i) {
-    const bool take_right = left == middle || (right < end && from.values[right] > from.values[left]);
-    const int64_t taken = take_right ? right : left;
-    to.values[i] = from.values[taken];
-    to.indices[i] = from.indices[taken];
-    right += take_right;
-    left += !take_right;
-  }
-}
-
-// Stable merge sort, largest first. Ends in `list` or in `spare` and returns which.
-template <class C>
-inline Candidates<C> sort_descending(Candidates<C> list, Candidates<C> spare) {
-  spare.count = list.count;
-  for (int64_t run = 1; run < list.count; run *= 2) {
-    for (int64_t begin = 0; begin < list.count; begin += 2 * run) {
-      const int64_t middle = begin + run < list.count ? begin + run : list.count;
-      const int64_t end = middle + run < list.count ? middle + run : list.count;
-      merge_runs(list, begin, middle, end, spare);
+  // Fills the hole at i: entries below it that come before move up.
+  ISTHMUS_INLINE void sift_down(int64_t i, C value, int32_t note) const {
+    for (int64_t child = 2 * i + 1; child < count; child = 2 * i + 1) {
+      const int64_t other = child + 1 < count ? child + 1 : child;
+      child = Order::before(values[other], notes[other], values[child], notes[child]) ? other : child;
+      if (!Order::before(values[child], notes[child], value, note)) break;
+      values[i] = values[child];
+      notes[i] = notes[child];
+      i = child;
     }
-    const Candidates<C> sorted = spare;
-    spare = list;
-    list = sorted;
+    values[i] = value;
+    notes[i] = note;
   }
-  return list;
-}
+
+  void push(C value, int32_t note) {
+    int64_t i = count++;
+    for (int64_t parent = (i - 1) / 2; i > 0 && Order::before(value, note, values[parent], notes[parent]);
+         parent = (i - 1) / 2) {
+      values[i] = values[parent];
+      notes[i] = notes[parent];
+      i = parent;
+    }
+    values[i] = value;
+    notes[i] = note;
+  }
+
+  void pop() {
+    --count;
+    sift_down(0, values[count], notes[count]);
+  }
+};
 
 }  // namespace
 }  // namespace isthmus
