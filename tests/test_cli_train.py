@@ -53,9 +53,11 @@ def shards(tmp_path_factory):
 
 
 def train(shards, out, **options):
-    given = {"features": FEATURES, "k": 2, "steps": 60, "batch_size": 64, "lr": 0.01, "held_out": 0.1, "warmup": 0.1}
+    given = {"features": FEATURES, "steps": 60, "batch_size": 64, "lr": 0.01, "held_out": 0.1, "warmup": 0.1}
     given |= {"log_every": 5, "eval_every": 20, "checkpoint_every": 20, "buffer_rows": 256, "dead_after": 500}
     given |= {"page_features": 6} | options
+    if "k" in KINDS.get(given.get("kind", "topk"), ("", {"k"}))[1]:
+        given = {"k": 2} | given
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "resume"]
     flags += ["--resume"] if options.get("resume") else []
     return CliRunner().invoke(app, ["train", "sae", f"--data={shards}", f"--out={out}", *flags])
@@ -134,31 +136,62 @@ def test_the_saved_autoencoder_explains_raw_activations(shards, tmp_path):
     assert not sae.training
 
 
+def cut_at(patch, stop):
+    advance = Trainer.advance
+
+    def stopped(trainer):
+        if trainer.step == stop:
+            raise InterruptedError("power cut")
+        return advance(trainer)
+
+    patch.setattr(Trainer, "advance", stopped)
+
+
+def assert_same_run(ours, theirs):
+    assert lines(ours) == lines(theirs)
+    for name in ("checkpoint.safetensors", "sae.safetensors"):
+        tensors, expected = load_file(ours / name), load_file(theirs / name)
+        assert tensors.keys() == expected.keys()
+        for key in tensors:
+            assert torch.equal(tensors[key], expected[key]), key
+
+
 @pytest.mark.parametrize("stop", [17, 20, 47])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(shards, tmp_path, monkeypatch, stop):
     assert train(shards, tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        advance = Trainer.advance
-
-        def stopped(trainer):
-            if trainer.step == stop:
-                raise InterruptedError("power cut")
-            return advance(trainer)
-
-        patch.setattr(Trainer, "advance", stopped)
-        result = train(shards, tmp_path / "cut")
-        assert isinstance(result.exception, InterruptedError)
+        cut_at(patch, stop)
+        assert isinstance(train(shards, tmp_path / "cut").exception, InterruptedError)
     torch.manual_seed(123)
     result = train(shards, tmp_path / "cut", resume=True)
     assert result.exit_code == 0, result.output
     assert ("Resuming after step" in result.output) == (stop >= 20)
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    for name in ("checkpoint.safetensors", "sae.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / name) for run in ("cut", "whole"))
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), key
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert not list(tmp_path.glob("*/*.partial"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_resumes_and_is_judged(shards, tmp_path, monkeypatch, kind):
+    options = {"kind": kind, "steps": 200, "checkpoint_every": 50}
+    # An L0 of 24 features, and two L1 norms.
+    penalties = {"jumprelu": 0.003, "gated": 0.1, "relu": 0.1}
+    if kind in penalties:
+        options["sparsity"] = penalties[kind]
+    if kind == "matryoshka":
+        options["levels"] = 2
+    assert train(shards, tmp_path / "whole", **options).exit_code == 0
+    with monkeypatch.context() as patch:
+        cut_at(patch, 120)
+        train(shards, tmp_path / "cut", **options)
+    result = train(shards, tmp_path / "cut", resume=True, **options)
+    assert result.exit_code == 0, result.output
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    last = lines(tmp_path / "whole")[-1]
+    assert last["explained_variance"] > 0.7
+    assert last["l0"] < FEATURES / 2
+    assert "fires in" in "".join(check(tmp_path / "whole" / "features.html").text)
+    sae, _ = load_sae(tmp_path / "whole" / "sae.safetensors")
+    assert type(sae).__name__ == KINDS[kind][0]
 
 
 def test_resuming_a_finished_run_changes_nothing(shards, tmp_path):
@@ -174,8 +207,9 @@ def test_resuming_a_finished_run_changes_nothing(shards, tmp_path):
     ("options", "message"),
     [
         ({"kind": "tok"}, "kind must be one of topk, batch_topk, .*, got 'tok'"),
-        ({"kind": "relu"}, "kind relu has no k; set sparsity"),
-        ({"sparsity": 0.1}, "kind topk has no sparsity; set k"),
+        ({"kind": "relu", "k": 2}, "kind relu has no k; it has aux_k, sparsity"),
+        ({"sparsity": 0.1}, "kind topk has no sparsity; it has aux_k, k"),
+        ({"levels": 2}, "kind topk has no levels"),
         ({"k": 2.5}, r"k must be a whole number for kind topk, got 2\.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": 20}, r"warmup is a fraction of the steps, in \[0, 1\], got 20"),

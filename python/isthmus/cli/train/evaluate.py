@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.data import ActivationShards
 
-BATCH = 4096
+BATCH = 2048
 
 
 class Entries(NamedTuple):

@@ -9,15 +9,17 @@ from typing import Any
 
 from isthmus import nn
 
-# The module of each kind, and the option that sets how sparse it is.
-KINDS = {
-    "topk": ("TopKSAE", "k"),
-    "batch_topk": ("BatchTopKSAE", "k"),
-    "matryoshka": ("MatryoshkaSAE", "k"),
-    "jumprelu": ("JumpReLUSAE", "sparsity"),
-    "gated": ("GatedSAE", "sparsity"),
-    "relu": ("ReLUSAE", "sparsity"),
+# The module of each kind, and which of the options that not all kinds have it takes.
+KINDS: dict[str, tuple[str, frozenset[str]]] = {
+    "topk": ("TopKSAE", frozenset({"k", "aux_k"})),
+    "batch_topk": ("BatchTopKSAE", frozenset({"k", "aux_k"})),
+    "matryoshka": ("MatryoshkaSAE", frozenset({"k", "aux_k", "levels"})),
+    "jumprelu": ("JumpReLUSAE", frozenset({"sparsity", "aux_k"})),
+    "gated": ("GatedSAE", frozenset({"sparsity"})),
+    "relu": ("ReLUSAE", frozenset({"sparsity", "aux_k"})),
 }
+K = 32
+LEVELS = 5
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Settings:
     """Everything the result depends on, as the command line names it.
 
     Raises:
-        ValueError: an unknown kind, a number out of range, or ``k`` for a kind that has none.
+        ValueError: an unknown kind, a number out of range, or an option that the kind does not have.
     """
 
     data: str
@@ -33,6 +35,7 @@ class Settings:
     kind: str = "topk"
     k: float | None = None
     sparsity: float | None = None
+    levels: int | None = None
     steps: int = 10_000
     batch_size: int = 2048
     lr: float | None = None
@@ -57,25 +60,35 @@ class Settings:
         for name in ("warmup", "decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a fraction of the steps, in [0, 1], got {getattr(self, name)}")
-        option = KINDS[self.kind][1]
-        for name in {"k", "sparsity"} - {option}:
-            if getattr(self, name) is not None:
-                raise ValueError(f"kind {self.kind} has no {name}; set {option}")
-        if self.k is not None and self.k != int(self.k) and self.kind != "batch_topk":
-            raise ValueError(f"k must be a whole number for kind {self.kind}, got {self.k}")
+        allowed = KINDS[self.kind][1]
+        for name in ("k", "sparsity", "levels", "aux_k"):
+            if getattr(self, name) is not None and name not in allowed:
+                raise ValueError(f"kind {self.kind} has no {name}; it has {', '.join(sorted(allowed))}")
+        if self.k is not None and self.k != int(self.k) and self.kind == "topk":
+            raise ValueError(f"k must be a whole number for kind topk, got {self.k}")
 
     def module(self, dim: int) -> Any:
         """The sparse autoencoder of these settings, untrained."""
-        name, option = KINDS[self.kind]
+        name, allowed = KINDS[self.kind]
         options: dict[str, Any] = {"dead_after": self.dead_after or min(10_000_000, self.steps * self.batch_size // 10)}
-        if option == "k":
-            k = 32 if self.k is None else self.k
+        if "k" in allowed:
+            k = K if self.k is None else self.k
             options["k"] = int(k) if k == int(k) else k
-        elif self.sparsity is not None:
+        if self.sparsity is not None:
             options["sparsity_weight"] = self.sparsity
         if self.aux_k is not None:
             options["aux_k"] = self.aux_k
-        return getattr(nn, name)(dim, self.features, **options)
+        if self.kind == "jumprelu":
+            # Of scores that are about 1, as they are for activations of norm √D. The 0.001 of the paper, which is for
+            # norm 1, lets thresholds learn from so few scores that it takes billions of rows.
+            options |= {"threshold": 0.1, "bandwidth": 0.1}
+        if self.kind == "matryoshka":
+            # Each level is half of the next.
+            levels = LEVELS if self.levels is None else self.levels
+            options["widths"] = [self.features >> level for level in reversed(range(levels))]
+        else:
+            options["num_features"] = self.features
+        return getattr(nn, name)(dim, **options)
 
     def learning_rate(self, step: int) -> float:
         """Of the step with this number, counted from 0: up in a straight line, level, and down to 0."""
@@ -91,7 +104,8 @@ class Settings:
         """Refuse to go on with a run that was started with other settings."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for field in fields(self):
-            if saved.get(field.name) != getattr(self, field.name):
+            # Shards may have moved; whether they are the same is for the loader to see.
+            if field.name != "data" and saved.get(field.name) != getattr(self, field.name):
                 raise ValueError(
                     f"{field.name} was {saved.get(field.name)} when this run was started, now it is "
                     f"{getattr(self, field.name)}; --resume takes the same options"

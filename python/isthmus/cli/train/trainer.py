@@ -13,8 +13,8 @@ from isthmus.cli.train.settings import Settings
 from isthmus.data import ActivationLoader, ActivationShards
 from isthmus.optim import RowAdam
 
-# Rows that scale and start are fitted to.
-FITTED_ROWS = 16_384
+# Rows that the scale is fitted to.
+SCALED_ROWS = 16_384
 
 
 class Trainer:
@@ -36,11 +36,13 @@ class Trainer:
         if len(self.held_out) == 0:
             raise ValueError(f"held_out={settings.held_out} of {len(self.shards)} rows leaves none to judge by")
         self.loader = ActivationLoader(train, settings.batch_size, buffer_rows=settings.buffer_rows, seed=settings.seed)
-        sample = _finite(torch.cat([rows for _, rows in train.blocks(1024, FITTED_ROWS)]).float())
+        sample = _finite(torch.cat([rows for _, rows in train.blocks(1024, SCALED_ROWS)]).float())
         self.scale = _scale(sample)
         torch.manual_seed(settings.seed)
         self.sae = settings.module(self.shards.dim).to(self.device)
-        self.sae.init_from(sample.to(self.device) * self.scale)
+        # Before it has learned, a code may be dense: that of more rows than a batch might not fit into memory.
+        start = sample[:: -(-len(sample) // settings.batch_size)]
+        self.sae.init_from(start.to(self.device) * self.scale)
         others = [parameter for parameter in self.sae.parameters() if parameter is not self.sae.decoder_weight]
         dictionary: dict[str, Any] = {"params": [self.sae.decoder_weight], "unit_norm": True}
         self.optimizer = RowAdam([dictionary, {"params": others}])
