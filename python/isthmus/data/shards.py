@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from isthmus.data import _npy, _safetensors
 
 METADATA = "metadata.json"
 VOCABULARY = "vocabulary.json"
-FORMATS: dict[str, Any] = {"npy": _npy, "safetensors": _safetensors}
+FORMATS: dict[str, ModuleType] = {"npy": _npy, "safetensors": _safetensors}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -152,7 +153,8 @@ class ActivationShards:
         i = bisect_right(self._ends, row)
         return self.segments[i], row - (self._ends[i] - len(self.segments[i]))
 
-    def _part(self, bounds: Any) -> ActivationShards:
+    def _part(self, bounds: Callable[[int], tuple[int, int]]) -> ActivationShards:
+        """Of each segment the rows between two bounds that depend on its length."""
         part = ActivationShards.__new__(ActivationShards)
         part.__dict__.update(self.__dict__)
         cuts = [(segment, *bounds(len(segment))) for segment in self.segments]
@@ -202,7 +204,7 @@ def _common(paths: Sequence[Path], headers: Sequence[_Header]) -> tuple[int, tor
     return first.dim, first.dtype
 
 
-def _format(path: Path) -> Any:
+def _format(path: Path) -> ModuleType:
     return FORMATS[path.suffix[1:]]
 
 
