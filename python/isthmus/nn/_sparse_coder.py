@@ -98,6 +98,7 @@ class SparseCoder(nn.Module):
         super().__init__()
         self.read_shape = torch.Size(read_shape)
         self.write_shape = self.read_shape if write_shape is None else torch.Size(write_shape)
+        self.centred = write_shape is None
         self.num_features = num_features
         self.aux_k = aux_k
         self.aux_weight = aux_weight
@@ -107,7 +108,7 @@ class SparseCoder(nn.Module):
         directions = _directions(num_features, self.read_shape.numel())
         self.encoder_weight = nn.Parameter(directions)
         self.encoder_bias = nn.Parameter(torch.zeros(num_features))
-        if write_shape is None:
+        if self.centred:
             self.decoder_weight = nn.Parameter(directions.clone())
             self.pre_bias = nn.Parameter(torch.zeros(self.read_shape.numel()))
         else:
@@ -118,7 +119,7 @@ class SparseCoder(nn.Module):
     @property
     def bias(self) -> Tensor:
         """What a reconstruction has besides its features."""
-        return self.pre_bias if hasattr(self, "pre_bias") else self.decoder_bias
+        return self.pre_bias if self.centred else self.decoder_bias
 
     @property
     def dead(self) -> Tensor:
@@ -275,14 +276,18 @@ class SparseCoder(nn.Module):
         assert code.offsets is not None
         return code.penalty.sum(dtype=accumulate_dtype(code.penalty)) / max(len(code.offsets) - 1, 1)
 
-    def _aux_loss(self, code: SparseCode, centred: Tensor, target: Tensor, residual: Tensor) -> Tensor:
+    def _aux_loss(self, code: SparseCode, centred: Tensor, target: Tensor, reconstruction: Tensor) -> Tensor:
         """AuxK: what dead features make of what the live ones left over."""
-        if self.aux_k == 0:
+        if self.aux_k == 0 or self._knows_all_live():
             return _zero(code.values)
         values, indices, order = ops.topk_encode(
             centred, self.encoder_weight, self.encoder_bias, self.aux_k, among=self.dead, return_order=True
         )
-        return aux_k_loss(residual, values, indices, self.decoder_weight, order=order)
+        return aux_k_loss(target - reconstruction, values, indices, self.decoder_weight, order=order)
+
+    def _knows_all_live(self) -> bool:
+        """Whether nothing is dead, where that can be told without waiting for a device or breaking a graph."""
+        return self.idle.is_cpu and not torch.compiler.is_compiling() and not bool(self.dead.any())
 
     def _learn_from(self, code: SparseCode, rows: int) -> None:
         """What training notes besides gradients."""
@@ -310,7 +315,7 @@ class SparseCoder(nn.Module):
         sparsity_loss, aux_loss = self._sparsity(code), _zero(code.values)
         if self.training:
             self._learn_from(code, len(rows))
-            aux_loss = self._aux_loss(code, centred, wanted, wanted.detach() - reconstruction.detach())
+            aux_loss = self._aux_loss(code, centred, wanted, reconstruction)
         values, indices = code.values, code.indices
         if code.offsets is None:
             values, indices = self._like_inputs(values, x), self._like_inputs(indices, x)
@@ -337,7 +342,7 @@ class SparseCoder(nn.Module):
         return rows.reshape(*x.shape[: x.dim() - len(self.read_shape)], -1)
 
     def _centred(self, rows: Tensor) -> Tensor:
-        return rows - self.pre_bias if hasattr(self, "pre_bias") else rows
+        return rows - self.pre_bias if self.centred else rows
 
     def _decode(self, values: Tensor, indices: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
         out = ops.sparse_decode(values, indices, self.decoder_weight, bias, offsets=offsets)

@@ -233,7 +233,7 @@ class GatedSAE(SparseCoder):
         values = torch.relu(heard * self.log_gain.exp()[indices] + self.magnitude_bias[indices])
         return self._ragged(values, indices, offsets, penalty=scores)
 
-    def _aux_loss(self, code: SparseCode, centred: Tensor, target: Tensor, residual: Tensor) -> Tensor:
+    def _aux_loss(self, code: SparseCode, centred: Tensor, target: Tensor, reconstruction: Tensor) -> Tensor:
         assert code.penalty is not None
         _, squared_error = ops.sparse_reconstruct(
             code.penalty,
