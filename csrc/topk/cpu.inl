@@ -32,9 +32,10 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#include "topk/choose.inl"
 #include "topk/features.inl"
 #include "topk/screen.inl"
+// after features
+#include "topk/choose.inl"
 
 // How the work is cut. Features form lists, equal parts of a group, each with its own best; of every list a *slice* is
 // in a chunk. Many rows have one list for a group, as a bar is the higher the more features it has seen; few rows have
