@@ -122,6 +122,33 @@ def test_init_from_finds_the_geometric_median_and_the_best_encoder_scale():
     assert (residual * read).sum().abs() < 1e-9 * read.square().sum()
 
 
+def test_init_from_data_of_which_half_is_one_point():
+    point = torch.randn(8)
+    x = torch.cat([point.expand(60, 8), torch.randn(40, 8)])
+    sae = nn.TopKSAE(8, 24, 3)
+    sae.init_from(x)
+    torch.testing.assert_close(sae.pre_bias.detach(), point, atol=1e-3, rtol=0.0)
+    sae.init_from(point.expand(60, 8))
+    torch.testing.assert_close(sae.pre_bias.detach(), point)
+
+
+def test_init_from_takes_data_of_another_dtype():
+    sae = nn.TopKSAE(8, 24, 3)
+    sae.init_from(torch.randn(100, 8, dtype=torch.float16) + 3.0)
+    assert (sae.pre_bias > 2.0).all()
+
+
+def test_an_empty_batch_changes_nothing():
+    sae = nn.TopKSAE(8, 24, 3, dead_after=1)
+    sae(torch.randn(4, 8))
+    before = sae.idle.clone()
+    out = sae(torch.randn(2, 0, 8))
+    assert out.values.shape == (2, 0, 3)
+    assert out.reconstruction.shape == (2, 0, 8)
+    out.loss.backward()
+    assert torch.equal(sae.idle, before)
+
+
 # ---- KSparseAutoencoder ----------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,12 @@ def test_one_change_at_a_time(change):
         nn.TopKSAE(8, 24, 3).steer(torch.zeros(1, 8), [0], **change)
 
 
+@pytest.mark.parametrize("features", [[24], [-1], [3, 3]])
+def test_features_are_different_numbers_of_the_dictionary(features):
+    with pytest.raises(ValueError, match=r"features must be different numbers in \[0, 24\), got"):
+        nn.TopKSAE(8, 24, 3).steer(torch.zeros(1, 8), features, add=1.0)
+
+
 def test_matching_finds_a_permuted_scaled_dictionary():
     dictionary = torch.randn(40, 16, dtype=torch.float64)
     order = torch.randperm(40)

@@ -151,7 +151,7 @@ class SparseCoder(nn.Module):
         """How active S different features are in ``x`` ``[..., D]``: ``[..., S]``, 0 where they are not in the code."""
         rows = self._rows(x)
         code = self._code(self._centred(rows))
-        features = torch.as_tensor(features, device=x.device)
+        features = self._chosen(features)
         columns = len(features) + 1
         # Each entry goes to the column of its feature; others, and empty places (−1), to one more, the last.
         column = features.new_full((self.num_features + 1,), len(features))
@@ -180,16 +180,17 @@ class SparseCoder(nn.Module):
             ``[..., D]``, differentiable in ``x``, ``clamp`` and ``add``.
 
         Raises:
-            ValueError: unless exactly one of ``clamp`` and ``add`` is given.
+            ValueError: not exactly one of ``clamp`` and ``add`` is given, or ``features`` are not different numbers
+                below F.
         """
         if (clamp is None) == (add is None):
             raise ValueError(f"steer takes one of clamp and add, got clamp={clamp} and add={add}")
-        features = torch.as_tensor(features, device=x.device)
-        if clamp is not None:
-            change = clamp - self.activations(x, features)
+        features = self._chosen(features)
+        change = torch.as_tensor(add if clamp is None else clamp, dtype=x.dtype, device=x.device)
+        if clamp is None:
+            change = change.expand(*self._leading(x), len(features))
         else:
-            leading = x.shape[: x.dim() - len(self.read_shape)]
-            change = torch.as_tensor(add, dtype=x.dtype, device=x.device).expand(*leading, len(features))
+            change = change - self.activations(x, features)
         return self._unsteered(x) + self.decode_sparse(change, features.expand(change.shape))
 
     # ---- unit norm ---------------------------------------------------------------------------------------------------
@@ -232,8 +233,11 @@ class SparseCoder(nn.Module):
 
         The bias becomes the geometric median (Weiszfeld iterations from the mean); then the encoder is scaled so that
         the reconstruction has the least squared error that one factor can give. Memory O(N · D).
+
+        Call it before wrapping in ``DistributedDataParallel``, which gives all ranks the start of the first.
         """
-        rows = self._rows(x).to(self.bias.dtype)
+        x = x.to(self.bias.dtype)
+        rows = self._rows(x)
         self.bias.copy_(geometric_median(rows, iterations))
         read = self.decode_sparse(*self.encode(x)).reshape(rows.shape)
         tiny = torch.finfo(rows.dtype).tiny
@@ -337,9 +341,21 @@ class SparseCoder(nn.Module):
     def _target_rows(self, target: Tensor) -> Tensor:
         return _as_rows("target", target, self.write_shape)
 
+    def _leading(self, x: Tensor) -> torch.Size:
+        return x.shape[: x.dim() - len(self.read_shape)]
+
     def _like_inputs(self, rows: Tensor, x: Tensor) -> Tensor:
-        """``[N, ...]`` with the leading dimensions of ``x`` instead of N."""
-        return rows.reshape(*x.shape[: x.dim() - len(self.read_shape)], -1)
+        """``[N, k]`` with the leading dimensions of ``x`` instead of N."""
+        return rows.reshape(*self._leading(x), rows.shape[-1])
+
+    def _chosen(self, features: Tensor | Sequence[int]) -> Tensor:
+        """Features by number; checked unless that would mean waiting for a device or breaking a graph."""
+        chosen = torch.as_tensor(features)
+        if chosen.is_cpu and not torch.compiler.is_compiling():
+            numbers = chosen.tolist()
+            if len(set(numbers)) < len(numbers) or not all(0 <= number < self.num_features for number in numbers):
+                raise ValueError(f"features must be different numbers in [0, {self.num_features}), got {numbers}")
+        return chosen.to(self.idle.device)
 
     def _centred(self, rows: Tensor) -> Tensor:
         return rows - self.pre_bias if self.centred else rows
@@ -372,11 +388,13 @@ def geometric_median(rows: Tensor, iterations: int) -> Tensor:
 
     One far outlier moves a mean as far as it likes, this point hardly.
     """
+    rows = rows.to(accumulate_dtype(rows))
     median = rows.mean(dim=0)
-    tiny = torch.finfo(rows.dtype).tiny
     for _ in range(iterations):
-        inverse = 1.0 / torch.linalg.vector_norm(rows - median, dim=-1).clamp_min(tiny)
-        median = (inverse / inverse.sum()) @ rows
+        distance = torch.linalg.vector_norm(rows - median, dim=-1).clamp_min(torch.finfo(rows.dtype).tiny)
+        # Relative to the least, weights are finite even where rows lie on the median.
+        weight = distance.min() / distance
+        median = (weight / weight.sum()) @ rows
     return median
 
 
