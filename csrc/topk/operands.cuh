@@ -166,7 +166,8 @@ __device__ __forceinline__ float upward(double length) { return static_cast<floa
 template <class T>
 __global__ void __launch_bounds__(mma_threads) columns_kernel(Screen<T> screen) {
   const int64_t slot = (static_cast<int64_t>(blockIdx.x) * mma_threads + threadIdx.x) / warp_size;
-  if (slot >= screen.slots) return;
+  const int64_t in_use = static_cast<int64_t>(*screen.slots_in_use);
+  if (slot / mma_tile * mma_tile >= in_use) return;  // no tile of slots behind the last feature is multiplied
   const int64_t feature = screen.features[slot];
   const Extent extent = write_operand(screen.weight(feature < 0 ? 0 : feature), feature < 0 ? 0 : screen.shape.cols,
                                       screen.depth, screen.columns + slot * screen.depth);
