@@ -12,9 +12,9 @@
 // An encoder scores in two steps: the screen discards what is provably not wanted, and the rest is scored in float64.
 #pragma once
 
+#include "core/arena.cuh"
 #include "core/mma_tiles.cuh"
 #include "core/score.cuh"
-#include "core/sort.cuh"
 
 namespace isthmus::cuda {
 namespace {
