@@ -3,8 +3,6 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-constexpr int64_t prefetch_ahead = 16;  // entries
-
 // Columns held in registers while the rows pass: 16 accumulators of 32 registers, or 8 of 16.
 #if defined(__AVX512F__)
 constexpr int block_vectors = 16;
@@ -27,30 +25,23 @@ struct Decoder {
   // columns for the next one. Returns lane sums of the squared distance.
   template <int Vectors>
   Vec<C> columns(int64_t first, int64_t last, int64_t known, int64_t c, const T* goal, T* out) const {
-    const auto read = [&](const T* row, int v) {
-      return Vectors == 1 ? load_first(row + c, cols - c) : load(row + c + v * lanes<C>);
-    };
-    Vec<C> acc[Vectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) acc[v] = bias != nullptr ? read(bias, v) : Vec<C>{};
+    constexpr int64_t prefetch_ahead = entries_ahead(Vectors * lanes<C> * sizeof(T));
+    Vec<C> acc[Vectors] = {};
+    if (bias != nullptr) each_column<Vectors>(bias + c, cols - c, [&](int v, Vec<C> b) { acc[v] = b; });
     for (int64_t e = first; e < last; ++e) {
       const int64_t soon = code.indices[smaller(e + prefetch_ahead, known - 1)], latent = code.indices[e];
-      const char* ahead = reinterpret_cast<const char*>(weight + larger(soon, 0) * cols + c);
-      for (size_t byte = 0; byte < Vectors * lanes<C> * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+      prefetch_columns<Vectors>(weight + larger(soon, 0) * cols + c);
       if (latent < 0) continue;
-      const T* row = weight + latent * cols;
-      const C value = load_one(values + e);
-#pragma GCC unroll 16
-      for (int v = 0; v < Vectors; ++v) acc[v] += value * read(row, v);
+      const C value = load_number(values + e);
+      each_column<Vectors>(weight + latent * cols + c, cols - c, [&](int v, Vec<C> w) { acc[v] += value * w; });
     }
+    store_columns<Vectors>(out + c, cols - c, acc);
     Vec<C> squares = {};
-#pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) {
-      Vectors == 1 ? store_first(out + c, acc[v], cols - c) : store(out + c + v * lanes<C>, acc[v]);
-      if (goal != nullptr) {
-        const Vec<C> error = read(goal, v) - acc[v];  // behind the last column both are zero
+    if (goal != nullptr) {
+      each_column<Vectors>(goal + c, cols - c, [&](int v, Vec<C> t) {
+        const Vec<C> error = t - acc[v];  // behind the last column both are zero
         squares += error * error;
-      }
+      });
     }
     return squares;
   }

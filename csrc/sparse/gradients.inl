@@ -1,9 +1,14 @@
 // Gradients of decoders and encoders.
+//
+// A walk by latent reads every row of weights in use once, in ascending order, and for each entry a row of the
+// gradient: those are few enough for the last-level cache. It writes grad_weight once, zeros included. Walking row by
+// row instead would read the weights once for each entry. Ordinary stores: streaming ones lose on pages that the system
+// has just cleared.
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-// Columns that a sum over a latent, and as many that the latent's row of weights, hold in registers.
+// Vectors of columns in registers: of the sum over a latent, and as many of its row of weights.
 #if defined(__AVX512F__)
 constexpr int walk_vectors = 8;
 #else
@@ -19,17 +24,6 @@ inline void over_columns(int64_t cols, F&& f) {
     f.template operator()<walk_vectors>(c, cols - c);
   }
   for (; c < cols; c += lanes<C>) f.template operator()<1>(c, cols - c);
-}
-
-template <int Vectors, class T>
-inline Vec<Compute<T>> load_column(const T* row, int v, int64_t left) {
-  return Vectors == 1 ? load_first(row, left) : load(row + v * lanes<Compute<T>>);
-}
-
-template <int Vectors, class T>
-inline void prefetch_columns(const T* row) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (size_t byte = 0; byte < Vectors * lanes<Compute<T>> * sizeof(T); byte += 64) __builtin_prefetch(bytes + byte);
 }
 
 // sum += coefficient · row
@@ -92,7 +86,7 @@ struct LatentWalk {
     C factors[batch];
     Vec<C> products[batch];
     for (int64_t i = 0; i < count; ++i) {
-      factors[i] = load_one(coefficients + order.entries[first + i]);
+      factors[i] = load_number(coefficients + order.entries[first + i]);
       sum[cols] += factors[i];
       if constexpr (Products) products[i] = Vec<C>{};
     }
@@ -100,28 +94,21 @@ struct LatentWalk {
     const T* next_direction = Products ? weight + smaller(latent + 1, features - 1) * cols : nullptr;
     over_columns<C>(cols, [&]<int Vectors>(int64_t c, int64_t left) {
       Vec<C> acc[Vectors], w[Vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) {
-        acc[v] = load_column<Vectors>(sum + c, v, left);
-        if constexpr (Products) w[v] = load_column<Vectors>(direction + c, v, left);
+      each_column<Vectors>(sum + c, left, [&](int v, Vec<C> part) { acc[v] = part; });
+      if constexpr (Products) {
+        each_column<Vectors>(direction + c, left, [&](int v, Vec<C> part) { w[v] = part; });
+        prefetch_columns<Vectors>(next_direction + c);
       }
-      if constexpr (Products) prefetch_columns<Vectors>(next_direction + c);
       for (int64_t i = 0; i < count; ++i) {
         prefetch_columns<Vectors>(row_at(smaller(first + i + prefetch_ahead, known - 1)) + c);
-        const T* row = row_at(first + i) + c;
         Vec<C> product[2] = {};
-#pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) {
-          const Vec<C> m = load_column<Vectors>(row, v, left);
+        each_column<Vectors>(row_at(first + i) + c, left, [&](int v, Vec<C> m) {
           acc[v] += factors[i] * m;
           if constexpr (Products) product[v % 2] += w[v] * m;
-        }
+        });
         if constexpr (Products) products[i] += product[0] + product[1];
       }
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) {
-        Vectors == 1 ? store_first(sum + c, acc[v], left) : store(sum + c + v * lanes<C>, acc[v]);
-      }
+      store_columns<Vectors>(sum + c, left, acc);
     });
     if constexpr (Products) {
       for (int64_t i = 0; i < count; ++i) {
@@ -155,6 +142,7 @@ void dot_entries(const SparseDecodeBackward& args, const bool* done) {
   const CodeLayout& code = args.code;
   const T *grad = static_cast<const T*>(args.grad), *weight = static_cast<const T*>(args.weight);
   T* grad_values = static_cast<T*>(args.grad_values);
+  const int64_t prefetch_ahead = entries_ahead(args.cols * int64_t(sizeof(T)));
   parallel_for(code.rows, row_grain(code, args.cols), [&](int64_t begin, int64_t end) {
     const int64_t known = first_entry(code, end);
     for (int64_t n = begin; n < end; ++n) {
@@ -163,14 +151,12 @@ void dot_entries(const SparseDecodeBackward& args, const bool* done) {
         Vec<C> product = {};
         if (code.indices[e] >= 0) {
           const T *a = weight + code.indices[e] * args.cols, *b = grad + n * args.cols;
-          const T* ahead = weight + larger(code.indices[smaller(e + 1, known - 1)], 0) * args.cols;
+          const T* ahead = weight + larger(code.indices[smaller(e + prefetch_ahead, known - 1)], 0) * args.cols;
           over_columns<C>(args.cols, [&]<int Vectors>(int64_t c, int64_t left) {
             prefetch_columns<Vectors>(ahead + c);
-            Vec<C> part[2] = {};
-#pragma GCC unroll 8
-            for (int v = 0; v < Vectors; ++v) {
-              part[v % 2] += load_column<Vectors>(a + c, v, left) * load_column<Vectors>(b + c, v, left);
-            }
+            Vec<C> w[Vectors], part[2] = {};
+            each_column<Vectors>(a + c, left, [&](int v, Vec<C> column) { w[v] = column; });
+            each_column<Vectors>(b + c, left, [&](int v, Vec<C> m) { part[v % 2] += w[v] * m; });
             product += part[0] + part[1];
           });
         }
