@@ -188,18 +188,18 @@ def learn(
     return Dictionary(name, sae.eval(), history, evaluate(sae, data.held_out, scale=data.scale))
 
 
-def compare(data: Activations, *, num_features: int, k: int, steps: int, lr: float) -> list[Dictionary]:
-    """The three dictionaries, from the same start."""
+def compare(data: Activations, *, num_features: int, k: int, steps: int) -> list[Dictionary]:
+    """The three dictionaries from the same start, each with the best of a few learning rates."""
     dim, options = data.train.dim, {"dead_after": BATCH * steps // 20}
-    made: dict[str, tuple[Callable[[], nn.Module], float | None]] = {
-        "top-k, AuxK": (lambda: TopKSAE(dim, num_features, k, **options), None),
-        "top-k": (lambda: TopKSAE(dim, num_features, k, aux_k=0, **options), None),
-        "ReLU, L1": (lambda: ReLUSAE(dim, num_features, **options), k),
+    made: dict[str, tuple[Callable[[], nn.Module], dict[str, float]]] = {
+        "top-k, AuxK": (lambda: TopKSAE(dim, num_features, k, **options), {"lr": 1e-3}),
+        "top-k": (lambda: TopKSAE(dim, num_features, k, aux_k=0, **options), {"lr": 1e-3}),
+        "ReLU, L1": (lambda: ReLUSAE(dim, num_features, **options), {"lr": 1e-2, "l0": k}),
     }
     dictionaries = []
-    for name, (make, l0) in made.items():
+    for name, (make, training) in made.items():
         torch.manual_seed(0)
-        dictionaries.append(learn(name, make(), data, steps=steps, lr=lr, l0=l0))
+        dictionaries.append(learn(name, make(), data, steps=steps, **training))
         print(dictionaries[-1], flush=True)
     return dictionaries
 
@@ -235,9 +235,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.quick:
-        run(options.output, documentation()[:100_000], model_steps=20, num_features=256, k=8, steps=20, lr=1e-3)
+        run(options.output, documentation()[:100_000], model_steps=20, num_features=256, k=8, steps=20)
     else:
-        run(options.output, documentation(), model_steps=500, num_features=2048, k=16, steps=1500, lr=1e-3)
+        run(options.output, documentation(), model_steps=500, num_features=2048, k=16, steps=1500)
 
 
 if __name__ == "__main__":

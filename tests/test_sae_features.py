@@ -50,7 +50,7 @@ def test_the_penalty_is_found_by_the_features_it_leaves(example, tmp_path, monke
 def test_from_text_to_page(example, tmp_path):
     torch.manual_seed(0)
     text = "\n".join(example.topics[name] for name in sorted(example.topics))[:45_000]
-    options = {"num_features": 128, "k": 8, "steps": 30, "lr": 1e-3}
+    options = {"num_features": 128, "k": 8, "steps": 30}
     revived, plain, relu = example.run(tmp_path, text, model_steps=11, **options)
     assert revived.found.l0 == plain.found.l0 == 8
     assert min(d.found.explained_variance for d in (revived, plain, relu)) > 0.2
