@@ -1,4 +1,4 @@
-"""The two halves of a top-k sparse autoencoder: encode to k features, decode from them."""
+"""The decoder of a sparse autoencoder."""
 
 from __future__ import annotations
 
@@ -16,32 +16,6 @@ def random_supports(rows: int, features: int, k: int) -> Tensor:
     """k different features for each row: one from each of k equal ranges."""
     width = features // k
     return torch.arange(k) * width + torch.randint(width, (rows, k))
-
-
-@MODES
-@SHAPES
-def bench_topk_encode(contest, shape, mode):
-    rows, dims, features, k = shape.values()
-    x = torch.randn(rows, dims)
-    weight = torch.randn(features, dims) / dims**0.5
-    bias = 0.1 * torch.randn(features)
-
-    def compare(values: Tensor, indices: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """The values, the activations found at the indices, and the gradients."""
-        activations = F.linear(x.detach(), weight.detach(), bias.detach()).relu()
-        return values, activations.gather(1, indices), *gradients
-
-    forward = 2 * rows * dims * features
-    backward = 4 * rows * dims * k
-    contest(
-        x,
-        weight,
-        bias,
-        plain=lambda x, weight, bias: tuple(F.linear(x, weight, bias).relu().topk(k)),
-        isthmus=lambda x, weight, bias: ops.topk_encode(x, weight, bias, k),
-        compare=compare,
-        flops=forward if mode == "fwd" else forward + backward,
-    )
 
 
 def dense_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
