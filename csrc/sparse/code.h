@@ -86,16 +86,6 @@ class SparseCode {
   OptionalTensor offsets_;
 };
 
-// The memory a CUDA kernel works in; on the CPU a kernel takes its own.
-template <class Args>
-inline Tensor workspace_for([[maybe_unused]] const Args& args, const Tensor& like) {
-  int64_t bytes = 0;
-#if defined(ISTHMUS_CUDA)
-  if (like.is_cuda()) bytes = cuda::sparse_workspace(args);
-#endif
-  return empty({bytes}, ScalarType::Byte, like);
-}
-
 // The tensors behind a LatentOrder.
 struct Order {
   Tensor entries, rows, starts;
@@ -116,8 +106,7 @@ inline Order sort_latents(const SparseCode& code, int64_t features, const Option
                    .order_rows = static_cast<int64_t*>(mutable_data(order.rows)),
                    .starts = static_cast<int64_t*>(mutable_data(order.starts)),
                    .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, like);
-  args.workspace = mutable_data(workspace);
+  const Tensor workspace = ISTHMUS_ALLOCATE(like, sparse, args);
   ISTHMUS_LAUNCH(like, sparse, latent_order, args);
   return order;
 }

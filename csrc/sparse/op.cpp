@@ -8,10 +8,9 @@
 namespace isthmus {
 namespace {
 
-// A matrix [features, cols]; cols < 0 leaves the width free.
-void check_weight(const Tensor& weight, int64_t cols, const Tensor& like, const char* like_name) {
+void check_weight(const Tensor& weight, const Tensor& like, const char* like_name) {
   if (weight.dim() != 2) fail("weight has shape ", shape_of(weight), "; expected [features, columns]");
-  check_matrix(weight, "weight", -1, cols < 0 ? weight.size(1) : cols, like, like_name);
+  check_matrix(weight, "weight", -1, weight.size(1), like, like_name);
 }
 
 std::tuple<Tensor, Tensor, Tensor> latent_order(const Tensor& indices, int64_t num_features,
@@ -28,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_order(const Tensor& indices, int64_t n
 std::tuple<Tensor, Tensor> run_decode(const Tensor& values_, const Tensor& indices, const Tensor& weight_,
                                       const OptionalTensor& bias_, const OptionalTensor& target_,
                                       const OptionalTensor& offsets) {
-  check_weight(weight_, -1, values_, "values");
+  check_weight(weight_, values_, "values");
   const SparseCode code(indices, offsets, weight_.size(0));
   const Tensor values = code.check_numbers(values_, "values"), weight = as_contiguous(weight_);
   const int64_t rows = code.rows(), cols = weight.size(1);
@@ -84,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, c
                                                           const OptionalTensor& offsets, const OptionalTensor& entries,
                                                           const OptionalTensor& rows, const OptionalTensor& starts,
                                                           bool need_values, bool need_weight, bool need_bias) {
-  check_weight(weight_, -1, values_, "values");
+  check_weight(weight_, values_, "values");
   const int64_t features = weight_.size(0), cols = weight_.size(1);
   const SparseCode code(indices, offsets, features);
   const Tensor values = code.check_numbers(values_, "values"), weight = as_contiguous(weight_);
@@ -107,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_backward(const Tensor& grad_, c
                             .grad_weight = wanted_data(need_weight, grad_weight),
                             .grad_bias = wanted_data(need_bias, grad_bias),
                             .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, values);
-  args.workspace = mutable_data(workspace);
+  const Tensor workspace = ISTHMUS_ALLOCATE(values, sparse, args);
   ISTHMUS_LAUNCH(values, sparse, decode_backward, args);
   return {grad_values, grad_weight, grad_bias};
 }
@@ -118,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_encode_backward(const Tensor& grad_, c
                                                           const OptionalTensor& entries, const OptionalTensor& rows,
                                                           const OptionalTensor& starts, bool need_x, bool need_weight,
                                                           bool need_bias) {
-  check_weight(weight_, -1, grad_, "grad");
+  check_weight(weight_, grad_, "grad");
   const int64_t features = weight_.size(0), cols = weight_.size(1);
   const SparseCode code(indices, offsets, features);
   const Tensor grad = code.check_numbers(grad_, "grad"), weight = as_contiguous(weight_);
@@ -141,8 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_encode_backward(const Tensor& grad_, c
                             .grad_weight = wanted_data(need_weight, grad_weight),
                             .grad_bias = wanted_data(need_bias, grad_bias),
                             .workspace = nullptr};
-  const Tensor workspace = workspace_for(args, x);
-  args.workspace = mutable_data(workspace);
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, sparse, args);
   ISTHMUS_LAUNCH(x, sparse, encode_backward, args);
   return {grad_x, grad_weight, grad_bias};
 }
@@ -156,13 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_reconstruct_backward(
   const int64_t rows = target_.size(0), cols = target_.size(1);
   check_like(reconstruction_, "reconstruction", target_, "target");
   if (grad_reconstruction_) check_like(*grad_reconstruction_, "grad_reconstruction", target_, "target");
-  check_device(grad_error_, "grad_error", target_, "target");
-  if (grad_error_.scalar_type() != accumulate_type(target_)) {
-    fail("grad_error has dtype ", name_of(grad_error_.scalar_type()), "; expected ", name_of(accumulate_type(target_)));
-  }
-  if (grad_error_.dim() != 1 || grad_error_.size(0) != rows) {
-    fail("grad_error has shape ", shape_of(grad_error_), "; expected [", rows, "]");
-  }
+  check_accumulated(grad_error_, "grad_error", {rows}, target_, "target");
   const Tensor target = as_contiguous(target_), reconstruction = as_contiguous(reconstruction_);
   const Tensor grad_error = as_contiguous(grad_error_);
   const OptionalTensor grad_reconstruction = as_contiguous(grad_reconstruction_);
