@@ -52,26 +52,53 @@ ISTHMUS_INLINE void add_products(const f64v (&x)[score_parts], const f64v (&w)[s
   }
 }
 
-template <class T>
-inline double exact_score(const T* x, const T* weight, int64_t cols, double bias) {
-  f64v sums[score_parts] = {}, a[score_parts], b[score_parts];
-  int64_t k = 0;
-  for (; k + score_sums <= cols; k += score_sums) {
-    load_doubles(x + k, a);
-    load_doubles(weight + k, b);
-    add_products<T>(a, b, sums);
-  }
-  if (k < cols) {
-    load_doubles(x + k, cols - k, a);
-    load_doubles(weight + k, cols - k, b);
-    add_products<T>(a, b, sums);
-  }
+ISTHMUS_INLINE double fold(const f64v (&sums)[score_parts]) {
   double folded[score_sums];
   std::memcpy(folded, sums, sizeof sums);
   for (int half = score_sums / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
   }
-  return folded[0] + bias;
+  return folded[0];
+}
+
+// scores[i] = x · weights[i]: as many at a time as registers hold share the work on x.
+constexpr int scores_at_once = lanes<double> >= 4 ? lanes<double> / 2 : 1;
+
+template <int Count, class T>
+ISTHMUS_INLINE void exact_products(const T* x, const T* const (&weights)[Count], int64_t cols,
+                                   double (&scores)[Count]) {
+  f64v sums[Count][score_parts], a[score_parts], b[score_parts];
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) {
+#pragma GCC unroll 8
+    for (int p = 0; p < score_parts; ++p) sums[i][p] = f64v{};
+  }
+  int64_t k = 0;
+  for (; k + score_sums <= cols; k += score_sums) {
+    load_doubles(x + k, a);
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      load_doubles(weights[i] + k, b);
+      add_products<T>(a, b, sums[i]);
+    }
+  }
+  if (k < cols) {
+    load_doubles(x + k, cols - k, a);
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      load_doubles(weights[i] + k, cols - k, b);
+      add_products<T>(a, b, sums[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) scores[i] = fold(sums[i]);
+}
+
+template <class T>
+inline double exact_score(const T* x, const T* weight, int64_t cols, double bias) {
+  double score[1];
+  exact_products<1, T>(x, {weight}, cols, score);
+  return score[0] + bias;
 }
 
 // Rounded once. On the way to a half type the float is rounded to odd, so that it cannot land on a midpoint the score

@@ -1,7 +1,8 @@
 // Included by cpu.inl: the largest scores of a whole batch.
 //
-// Each thread keeps a list of candidates. At twice as many entries as are wanted it is cut down to the best, which
-// raises the score that later ones need. About E (1 + log(N F / E)) of the N F scores are ever candidates.
+// A sample tells what score the last of them will have, about. What is above is collected in lists, one for each item
+// of work. A list of twice as many entries as are wanted is cut down to the best, which raises what is asked of later
+// ones. Where the guess was too high, the search begins again with a lower one.
 
 // The last entry that is kept, in the order of falling scores, then of positions.
 struct Limit {
@@ -66,68 +67,73 @@ inline Limit find_limit(const List<double>* lists, int64_t num_lists, int64_t wa
   return {score, last};
 }
 
-// What the threads share.
+// A number of the compute type that is less than `value`, and hardly so. It is finite above: an infinite bound, behind
+// which something that is not a number may hide, always exceeds it.
+template <class C>
+inline C number_below(double value) {
+  constexpr C most = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__),
+              least = sizeof(C) == 4 ? C(__FLT_MIN__) : C(__DBL_MIN__);
+  if (value > static_cast<double>(most)) return most;
+  const C nearest = static_cast<C>(value);
+  if (static_cast<double>(nearest) < value) return nearest;
+  return nearest == 0 ? -least : from_ordered<C>(to_ordered(nearest) - 1);
+}
+
+// The sink of a scan, which all threads share.
+template <class C>
 struct BatchSearch {
   const int64_t wanted;
   const double floor;  // what is not above is the same for all, and not collected
+  const double guess;  // nor is what is below this
   const BrokenRows& broken;
   const Lists<double>& lists;
-  // A score that `wanted` entries reach, the highest that a thread has proved. It changes no result, only the time.
-  mutable double least = floor;
+  // The greatest score that `wanted` entries are known to reach, or the guess.
+  mutable double least = guess;
 
-  double shared_least() const {
+  double current_least() const {
     double value;
     __atomic_load(&least, &value, __ATOMIC_RELAXED);
     return value;
   }
-  void share(double value) const {
-    if (value > shared_least()) __atomic_store(&least, &value, __ATOMIC_RELAXED);
-  }
-};
 
-template <class C>
-struct BatchSink {
-  const BatchSearch& search;
-  List<double>* list = nullptr;
-  double least = search.floor;
+  double offset(int64_t) const { return 0; }
 
-  void begin(int64_t item) {
-    if (list == nullptr) list = search.lists.data + item;
+  // What equals the floor is not wanted; what equals the least score may be.
+  C bar() const {
+    const double value = current_least();
+    return value > floor ? number_below<C>(value) : static_cast<C>(floor);
   }
 
-  void cuts(int64_t, Vec<C> (&cuts)[2]) {
-    const double shared = search.shared_least();
-    if (shared > least) least = shared;
-    // Above the floor, what equals the least score still matters.
-    C cut = rounded_down<C>(least);
-    if (least > search.floor && static_cast<double>(cut) == least) cut = next_below(cut);
-    cuts[0] = cuts[1] = splat(cut);
-  }
-
-  void meet(int64_t row, int64_t feature, double score) {
-    if (score > search.floor && score >= least) {
-      const int64_t place = list->grow();
-      list->values[place] = score;
-      list->positions[place] = position_of(row, feature);
-      if (list->count >= 2 * search.wanted + 1024) keep_best();
+  void meet(int64_t item, int64_t row, int64_t feature, double score) const {
+    if (score > floor && score >= current_least()) {
+      List<double>& list = lists.data[item];
+      const int64_t place = list.grow();
+      list.values[place] = score;
+      list.positions[place] = position_of(row, feature);
+      if (list.count >= 2 * wanted + 1024) keep_best(list);
     } else if (score != score) {
-      search.broken.add(row);
+      broken.add(row);
     }
   }
 
-  ISTHMUS_NOINLINE void keep_best() {
-    const Limit limit = find_limit(list, 1, search.wanted, search.wanted + search.wanted / 4);
+  ISTHMUS_NOINLINE void keep_best(List<double>& list) const {
+    const Limit limit = find_limit(&list, 1, wanted, wanted + wanted / 4);
     int64_t kept = 0;
-    for (int64_t i = 0; i < list->count; ++i) {
-      const double score = list->values[i];
-      const int64_t position = list->positions[i];
-      list->values[kept] = score;
-      list->positions[kept] = position;
+    for (int64_t i = 0; i < list.count; ++i) {
+      const double score = list.values[i];
+      const int64_t position = list.positions[i];
+      list.values[kept] = score;
+      list.positions[kept] = position;
       kept += limit.keeps(score, position);
     }
-    list->count = kept;
-    least = limit.score;
-    search.share(least);
+    list.count = kept;
+    if (limit.score > current_least()) __atomic_store(&least, &limit.score, __ATOMIC_RELAXED);
+  }
+
+  int64_t found() const {
+    int64_t total = 0;
+    for (int64_t l = 0; l < lists.count; ++l) total += lists.data[l].count;
+    return total;
   }
 };
 
@@ -135,7 +141,7 @@ struct BatchSink {
 template <class T>
 struct BatchRows {
   const BatchTopkEncode& args;
-  const BatchSearch& search;
+  const BatchSearch<Compute<T>>& search;
   const Limit limit = find_last();
   T* const values = static_cast<T*>(args.values);
   Buffer<int64_t> found{args.rows};    // entries of each row
@@ -143,9 +149,7 @@ struct BatchRows {
 
   Limit find_last() const {
     if (search.wanted <= 0) return {__builtin_inf(), -1};
-    int64_t total = 0;
-    for (int64_t l = 0; l < search.lists.count; ++l) total += search.lists.data[l].count;
-    if (total <= search.wanted) return {-__builtin_inf(), INT64_MAX};
+    if (search.found() <= search.wanted) return {-__builtin_inf(), INT64_MAX};
     return find_limit(search.lists.data, search.lists.count, search.wanted, search.wanted);
   }
 
@@ -222,21 +226,53 @@ struct BatchRows {
   }
 };
 
+// A score that more than `wanted` entries reach, probably: from a sample of rows and features. Each attempt guesses
+// lower.
+template <class T>
+double guess_least(const Scores<T>& scores, int64_t wanted, int attempt, double floor) {
+  constexpr int64_t most_rows = 128, most_features = 512, least_rank = 64;
+  const int64_t rows = smaller(scores.rows, most_rows), features = smaller(scores.features, most_features);
+  const double share = static_cast<double>(rows) / static_cast<double>(scores.rows) * static_cast<double>(features) /
+                       static_cast<double>(scores.features);
+  const int64_t rank = larger(least_rank, static_cast<int64_t>(1.5 * share * static_cast<double>(wanted)))
+                       << (4 * attempt);
+  if (share > 0.25 || rank >= rows * features) return floor;
+  const Lists<double> sample(rows);
+  parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t f = 0; f < features; ++f) {
+        const double score = scores.at(scores.rows * r / rows, scores.features * f / features);
+        List<double>& list = sample.data[r];
+        const int64_t place = list.grow();
+        list.values[place] = score == score ? score : floor;
+        list.positions[place] = position_of(r, f);
+      }
+    }
+  });
+  const double guess = find_limit(sample.data, rows, rank, rank + rank / 4).score;
+  return guess > floor ? guess : floor;
+}
+
 template <class T>
 void batch_topk_encode_rows(const BatchTopkEncode& args) {
   const Scores<T> scores(args);
-  const ScanPlan<T> plan(scores);
+  const ScanPlan plan(scores);
   const double floor = args.activation == Activation::relu ? 0 : -__builtin_inf();
   const BrokenRows broken(args.rows);
-  // Broken rows must not compete. They are found on the way: then, and only then, the batch is searched once more.
-  for (int64_t known = 0;; known = broken.count()) {
+  int64_t known = 0;
+  for (int attempt = 0;;) {
     const Lists<double> lists(plan.items());
-    const BatchSearch search{args.entries - known, floor, broken, lists};
-    parallel_for(search.wanted > 0 ? plan.items() : 0, 1, [&](int64_t begin, int64_t end) {
-      BatchSink<Compute<T>> sink{search};
-      Scanner<T, BatchSink<Compute<T>>>{scores, plan, broken, sink}.run(begin, end);
-    });
-    if (broken.count() == known) return BatchRows<T>{args, search}.write();
+    const int64_t wanted = args.entries - known;
+    const BatchSearch<Compute<T>> search{wanted, floor, guess_least(scores, wanted, attempt, floor), broken, lists};
+    if (wanted > 0) scan(scores, plan, broken, search);
+    if (broken.count() > known) {
+      // Broken rows must not compete. They are found on the way: then, and only then, the batch is searched again.
+      known = broken.count();
+    } else if (search.guess > floor && search.found() < wanted) {
+      ++attempt;
+    } else {
+      return BatchRows<T>{args, search}.write();
+    }
   }
 }
 

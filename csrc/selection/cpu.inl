@@ -1,11 +1,11 @@
 // Ragged sparse encoders on the CPU: all scores above a threshold, and the largest scores of a batch.
 //
-// The matrix product x · weightᵀ is never stored: scan.inl finds the few scores that may be wanted by an upper bound
-// that costs nothing beside the product, and scores those again in float64. So the result is exact, and the same bits
-// at every level and for every number of threads.
+// The matrix product x · weightᵀ is never stored: scan.inl finds the few scores that may be wanted by upper bounds, and
+// scores those again in float64. So the result is exact, and the same bits at every level and for every number of
+// threads.
 //
-// Extra memory: for each thread a block of x (about 1 MB) and a panel of weights; and the entries that were found, 8
-// bytes and a value each. Batch top-k holds at most about 2 E entries for each thread.
+// Extra memory: the words of at most about 32 MB of x, the panels of 2 MB of weights; and the entries that were found,
+// 8 bytes and a value each: for batch top-k about 1.5 E, at most about 2 E for each block of 96 rows.
 
 #include <new>
 
@@ -23,6 +23,8 @@ namespace {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#include "topk/screen.inl"
 
 #include "selection/entries.inl"
 #include "selection/scan.inl"

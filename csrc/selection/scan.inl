@@ -1,46 +1,11 @@
-// Included by cpu.inl: finds the scores above a cut without storing the others.
+// Included by cpu.inl: finds the scores above a bar without storing the others.
 //
-// A register tile of the product x · weightᵀ + bias (core/product.h) is compared with a cut of each column; what may be
-// above is scored again in float64 (core/score.h), and a sink decides. A float64 score is never above the upper bound
+// The screen of the top-k encoder (topk/screen.inl) gives upper bounds of the scores of a tile of rows with a panel of
+// features, from a product of bytes where the CPU has those. What may be above the bar is scored again in float64
+// (core/score.h), and a sink decides. A score that is not a number always comes before the sink.
 //
-//     bias + γ |bias| + x · w + (γ |x| + n 2⁻¹²⁵) |w| + n 2⁻¹²⁵ (1 + |x|)
-//
-// which the product itself computes: each tile and each panel is two components deeper. γ bounds the rounding of both
-// sums, docs/numerics.md has the proof. Vectors of a length of 2⁶⁰ or more, infinite or not a number, whose products
-// could overflow, have an infinite bound. So a score that is not a number always comes before the sink.
-
-template <class C>
-constexpr double rounding_unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
-// Twice the number where underflow begins: what flushing one term to zero may cost.
-template <class C>
-constexpr double flushed = sizeof(C) == 4 ? 0x1p-125 : 0x1p-1021;
-// Squares of tiny numbers vanish; the length of what vanished is less than this.
-template <class C>
-constexpr double least_length = sizeof(C) == 4 ? 0x1p-60 : 0x1p-500;
-template <class C>
-constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
-// Makes up for the evaluation of a bound in C.
-template <class C>
-constexpr double raise = 1 + 64 * rounding_unit<C>;
-
-template <class C>
-constexpr C largest_finite = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__);
-
-// A number of the compute type below `value` that is the next one or, at zero, the next normal one.
-template <class C>
-inline C next_below(C value) {
-  if (value == 0) return sizeof(C) == 4 ? C(-__FLT_MIN__) : C(-__DBL_MIN__);
-  return from_ordered<C>(to_ordered(value) - 1);
-}
-
-// The largest number of the compute type that is at most `value`. Cuts are finite above: an infinite bound, behind
-// which something that is not a number may hide, always exceeds them.
-template <class C>
-inline C rounded_down(double value) {
-  if (!(value < static_cast<double>(largest_finite<C>))) return largest_finite<C>;
-  const C nearest = static_cast<C>(value);
-  return static_cast<double>(nearest) > value ? next_below(nearest) : nearest;
-}
+// Weights come in chunks: all threads write a chunk as panels, then every block of rows meets them. A feature that has
+// to be scored is read again while it is still in cache.
 
 // What is searched.
 template <class T>
@@ -57,183 +22,221 @@ struct Scores {
         weight(static_cast<const T*>(args.weight)),
         bias(static_cast<const T*>(args.bias)) {}
 
+  double bias_of(int64_t feature) const { return bias == nullptr ? 0 : static_cast<double>(load_one(bias + feature)); }
   double at(int64_t row, int64_t feature) const {
-    const double offset = bias == nullptr ? 0 : static_cast<double>(load_one(bias + feature));
-    return exact_score(x + row * cols, weight + feature * cols, cols, offset);
+    return exact_score(x + row * cols, weight + feature * cols, cols, bias_of(feature));
   }
 };
 
-// An item of work is a block of rows and a range of features. What is found does not depend on the cut. Every block
-// packs the weights again, so blocks are large; ranges supply the parallelism. Neighbouring ranges that fall to one
-// thread run as one.
-template <class T>
+// How the work is cut; what is found does not depend on it. Features form `parts`, so that few rows have parallelism,
+// too; of each part a slice is in a chunk. An item of work is a block of rows and a part.
 struct ScanPlan {
-  using C = Compute<T>;
-  static constexpr int64_t block_bytes = 1024 * 1024, wanted_items = 32, least_range = 512;
+  static constexpr int64_t wanted_items = 16, least_part = 1024, most_block_rows = 96;
+  static constexpr int64_t batch_bytes = 32 * 1024 * 1024, chunk_bytes = 2 * 1024 * 1024;
 
-  int64_t block_rows, blocks, range, ranges;
+  int64_t block_rows, blocks, batch_blocks;  // a batch: blocks that share the panels of a chunk
+  int64_t parts, part, slice;                // the latter two in features
 
+  template <class T>
   explicit ScanPlan(const Scores<T>& scores) {
-    const int64_t row_bytes = larger(scores.cols, 1) * int64_t(sizeof(C));
-    const int64_t most_rows = larger(divide_up(block_bytes / row_bytes, tile_rows), 8) * tile_rows;
-    blocks = divide_up(scores.rows, most_rows);
-    block_rows = divide_up(divide_up(scores.rows, blocks), tile_rows) * tile_rows;
-    range = larger(scores.features * blocks / wanted_items, least_range) / panel_width<C> * panel_width<C>;
-    ranges = divide_up(scores.features, range);
+    constexpr int64_t width = panel_width<Compute<T>>;
+    const int64_t row_bytes = larger(scores.cols, 1) * int64_t(sizeof(Compute<T>));
+    block_rows = divide_up(smaller(most_block_rows, divide_up(scores.rows, wanted_items)), tile_rows) * tile_rows;
+    blocks = divide_up(scores.rows, block_rows);
+    batch_blocks = smaller(larger(batch_bytes / (row_bytes * block_rows), 1), blocks);
+    parts = larger(smaller(wanted_items / batch_blocks, scores.features / least_part), 1);
+    part = divide_up(divide_up(scores.features, parts), width) * width;
+    slice = smaller(larger(chunk_bytes / row_bytes / parts / width, 1) * width, part);
   }
 
-  int64_t items() const { return blocks * ranges; }
+  int64_t items() const { return blocks * parts; }
 };
-
-// The bound's parts, in a form that a product of float32 numbers cannot fall below.
-template <class C>
-struct Bound {
-  C gamma, underflow, enlarge;
-
-  explicit Bound(int64_t cols) {
-    const double count = 2 * (static_cast<double>(cols) + 16), share = count * rounding_unit<C>;
-    const double infinity = __builtin_inf();
-    gamma = static_cast<C>(share < 0.25 ? share / (1 - 2 * share) * raise<C> : infinity);
-    underflow = static_cast<C>(count * flushed<C>);
-    enlarge = static_cast<C>((1 + share) * raise<C>);
-  }
-
-  // Of a row, by its squared length: what multiplies |w|, and what stands alone. The scores of a row of zeros are
-  // exact, and where there is nothing to find none of them is scored again. (No square of a float vanishes in float64.)
-  void of_row(double square, C& slope, C& absolute) const {
-    if (sizeof(C) == 4 && square == 0) {
-      slope = absolute = 0;
-      return;
-    }
-    const bool tame = square < tame_square<C>;
-    const C length = tame ? static_cast<C>(__builtin_sqrt(square) * raise<C> + least_length<C>) : C(0);
-    slope = gamma * length + underflow;
-    absolute = tame ? underflow * (1 + length) : static_cast<C>(__builtin_inf());
-  }
-
-  Vec<C> length(Vec<C> square) const {
-    const Vec<C> tame = sqrt(square) * enlarge + static_cast<C>(least_length<C>);
-    return square < static_cast<C>(tame_square<C>) ? tame : Vec<C>{} + static_cast<C>(__builtin_inf());
-  }
-
-  Vec<C> start(Vec<C> bias) const {
-    const Vec<C> size = abs(bias);
-    return size < static_cast<C>(__builtin_inf()) ? bias + gamma * size : bias;
-  }
-};
-
-// Asks for the lines of a stretch of memory, to wait in the second-level cache.
-template <class T>
-inline void prefetch(const T* from, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
 
 // A sink has
 //
-//     begin(item)                  what follows belongs to this item
-//     cuts(feature, cuts)          scores of these columns that are not above are of no interest
-//     meet(row, feature, score)    called for every score that is above, and for some that are not, in the order of
-//                                  features within a row; never again for a row after `broken` is set
-template <class T, class Sink>
+//     offset(feature)                  added to the scores of this feature before they are held against the bar
+//     bar()                            what is not above it is of no interest
+//     meet(item, row, feature, score)  takes every score of interest, and some that are not, in the order of features
+//                                      within an item and a row
+template <class T, class Words, class Sink>
 struct Scanner {
   using C = Compute<T>;
   static constexpr int width = panel_width<C>;
 
+  struct Pair {
+    int64_t row, feature;
+  };
+
   const Scores<T>& scores;
-  const ScanPlan<T>& plan;
+  const ScanPlan& plan;
   const BrokenRows& broken;
-  Sink& sink;
-  const Bound<C> bound{scores.cols};
-  const int64_t depth = scores.cols + 2;
-  Buffer<C> tiles{plan.block_rows * depth};
-  Buffer<C> panel{width * depth};
-  Buffer<uint32_t> above{tile_rows};
+  const Sink& sink;
+  const Screen<Words> screen{scores.cols, false};
+  const int64_t depth = screen.depth, panels = plan.slice / width, batch_rows = plan.batch_blocks * plan.block_rows;
+  Buffer<C> words{batch_rows * depth};
+  Buffer<C> units{batch_rows}, lengths{batch_rows}, slopes{batch_rows / tile_rows};
+  Buffer<C> panel_words{plan.parts * plan.slice * depth};
+  Buffer<C> panel_terms{plan.parts * plan.slice * Panel<C>::terms};
 
-  void pack_block(int64_t first, int64_t rows) const {
-    for (int64_t r = 0; r < rows; r += tile_rows) {
-      const int64_t count = smaller(tile_rows, rows - r);
-      const T* x = scores.x + (first + r) * scores.cols;
-      C* tile = tiles.data + r * depth;
-      pack_rows<tile_rows>(x, scores.cols, count, scores.cols, tile);
-      C *slopes = tile + scores.cols * tile_rows, *absolutes = slopes + tile_rows;
-      for (int64_t i = 0; i < tile_rows; ++i) {
-        const T* row = x + smaller(i, count - 1) * scores.cols;
-        bound.of_row(exact_score(row, row, scores.cols, 0), slopes[i], absolutes[i]);
-      }
-    }
+  // A panel of the current chunk.
+  Panel<C> panel(int64_t p) const {
+    return {panel_words.data + p * width * depth, panel_terms.data + p * width * Panel<C>::terms};
+  }
+  int64_t first_feature(int64_t part, int64_t chunk) const { return part * plan.part + chunk * plan.slice; }
+  int64_t end_feature(int64_t part, int64_t chunk) const {
+    return smaller(smaller(first_feature(part, chunk) + plan.slice, (part + 1) * plan.part), scores.features);
   }
 
-  void pack_panel(int64_t feature, int64_t count) const {
-    pack_rows<width>(scores.weight + feature * scores.cols, scores.cols, count, scores.cols, panel.data);
-    Vec<C> squares[2] = {};
-    C* end = panel.data + scores.cols * width;
-    for (const C* w = panel.data; w < end; w += width) {
-      for (int v = 0; v < 2; ++v) squares[v] += load(w + v * lanes<C>) * load(w + v * lanes<C>);
-    }
-    for (int v = 0; v < 2; ++v) {
-      store(end + v * lanes<C>, bound.length(squares[v]));
-      store(end + width + v * lanes<C>, splat(C(1)));
-    }
-  }
-
-  // Bit j of above[r] is set unless the bound of row r and column j is at most the cut.
-  ISTHMUS_NOINLINE void screen(const C* tile, int64_t rows, const Vec<C> (&start)[2], const Vec<C> (&cut)[2]) const {
-    dispatch_rows(rows, [&]<int Rows>() {
-      Vec<C> acc[Rows][2];
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        acc[r][0] = start[0];
-        acc[r][1] = start[1];
-      }
-      multiply_tile(tile, panel.data, depth, acc);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        above.data[r] = ~(lane_bits(acc[r][0] <= cut[0]) | lane_bits(acc[r][1] <= cut[1]) << lanes<C>);
+  void write_rows(int64_t first, int64_t rows) const {
+    parallel_for(divide_up(rows, tile_rows), 1, [&](int64_t begin, int64_t end) {
+      const Buffer<C> scratch(tile_rows * screen.padded);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t r = t * tile_rows;
+        slopes.data[t] = screen.pack_tile(scores.x + (first + r) * scores.cols, smaller(tile_rows, rows - r),
+                                          words.data + r * depth, units.data + r, lengths.data + r, scratch.data);
       }
     });
   }
 
-  void meet(int64_t row, int64_t feature, uint32_t bits) const {
-    for (; bits != 0 && !broken[row]; bits &= bits - 1) {
-      const int64_t f = feature + __builtin_ctz(bits);
-      sink.meet(row, f, scores.at(row, f));
-    }
+  void write_panels(int64_t chunk) const {
+    parallel_for(plan.parts * panels, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<C> scratch(width * screen.padded);
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t part = p / panels, first = first_feature(part, chunk) + p % panels * width;
+        const int64_t count = smaller(width, end_feature(part, chunk) - first);
+        if (count <= 0) continue;
+        screen.pack_panel([&](int64_t i) { return scores.weight + (first + i) * scores.cols; },
+                          [&](int64_t i) { return scores.bias_of(first + i) + sink.offset(first + i); }, count,
+                          panel(p), scratch.data);
+      }
+    });
   }
 
-  void scan(int64_t first, int64_t rows, int64_t begin, int64_t end) const {
-    for (int64_t f = begin; f < end; f += width) {
-      const int64_t count = smaller(width, end - f), in_second = count - lanes<C>;
-      const uint32_t inside = ~0u >> (32 - count);
-      pack_panel(f, count);
-      Vec<C> start[2] = {}, cut[2];
-      if (scores.bias != nullptr) start[0] = bound.start(load_first(scores.bias + f, count));
-      if (scores.bias != nullptr && in_second > 0) {
-        start[1] = bound.start(load_first(scores.bias + f + lanes<C>, in_second));
-      }
-      sink.cuts(f, cut);
-      // Packing reads many rows side by side, too many for the hardware to foresee: fetch the next panel meanwhile.
-      const int64_t ahead = smaller(width, end - f - count) * scores.cols;
-      const int64_t share = divide_up(ahead, divide_up(rows, tile_rows));
-      const T* next = scores.weight + (f + width) * scores.cols;
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int64_t tile = smaller(tile_rows, rows - r), fetched = r / tile_rows * share;
-        if (fetched < ahead) prefetch(next + fetched, smaller(share, ahead - fetched));
-        screen(tiles.data + r * depth, tile, start, cut);
-        for (int64_t i = 0; i < tile; ++i) meet(first + r + i, f, above.data[i] & inside);
+  void run() const {
+    for (int64_t batch = 0; batch < plan.blocks; batch += plan.batch_blocks) {
+      const int64_t blocks = smaller(plan.batch_blocks, plan.blocks - batch), first = batch * plan.block_rows;
+      write_rows(first, smaller(batch_rows, scores.rows - first));
+      for (int64_t chunk = 0; chunk * plan.slice < plan.part; ++chunk) {
+        write_panels(chunk);
+        parallel_for(blocks * plan.parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) meet_block(batch, i / plan.parts, i % plan.parts, chunk);
+        });
       }
     }
   }
 
-  void run(int64_t begin, int64_t end) const {
-    for (int64_t item = begin; item < end;) {
-      const int64_t block = item / plan.ranges, next = smaller(end, (block + 1) * plan.ranges);
-      const int64_t first = block * plan.block_rows, rows = smaller(plan.block_rows, scores.rows - first);
-      const int64_t range = item % plan.ranges;
-      pack_block(first, rows);
-      sink.begin(item);
-      scan(first, rows, range * plan.range, smaller((range + next - item) * plan.range, scores.features));
-      item = next;
+  void meet_block(int64_t batch, int64_t block, int64_t part, int64_t chunk) const {
+    const int64_t r = block * plan.block_rows, first = batch * plan.block_rows + r,
+                  item = (batch + block) * plan.parts + part;
+    const int64_t rows = smaller(plan.block_rows, scores.rows - first), end = end_feature(part, chunk);
+    alignas(64) C bounds[tile_rows * width], bars[tile_rows];
+    uint32_t passed[tile_rows];
+    Pair pending[ScanPlan::most_block_rows * width];
+    int64_t p = part * panels;
+    for (int64_t f = first_feature(part, chunk); f < end; f += width, ++p) {
+      const uint32_t inside = ~0u >> (32 - smaller(width, end - f));
+      int64_t count = 0;
+      for (C& bar : bars) bar = sink.bar();
+      for (int64_t t = 0; t < rows; t += tile_rows) {
+        const int64_t in_tile = smaller(tile_rows, rows - t), tile = r + t;
+        screen.meet({words.data + tile * depth, units.data + tile, lengths.data + tile, slopes.data[tile / tile_rows]},
+                    in_tile, panel(p), bars, bounds, passed);
+        for (int64_t i = 0; i < in_tile; ++i) {
+          for (uint32_t bits = passed[i] & inside; bits != 0; bits &= bits - 1) {
+            pending[count++] = {first + t + i, f + __builtin_ctz(bits)};
+          }
+        }
+      }
+      settle(item, pending, count);
     }
+  }
+
+  // Some are fetched while others are scored, those of a row together.
+  void settle(int64_t item, const Pair* pending, int64_t count) const {
+    int64_t fetched = 0;
+    for (int64_t i = 0; i < count;) {
+      for (; fetched < smaller(i + 2 * scores_at_once, count); ++fetched) {
+        prefetch(scores.weight + pending[fetched].feature * scores.cols);
+      }
+      const int64_t last = i + scores_at_once - 1;
+      if (last < count && pending[last].row == pending[i].row) {
+        score<scores_at_once>(item, pending + i);
+        i += scores_at_once;
+      } else {
+        score<1>(item, pending + i++);
+      }
+    }
+  }
+
+  template <int Count>
+  ISTHMUS_NOINLINE void score(int64_t item, const Pair* pairs) const {
+    const T* weights[Count];
+    double products[Count];
+    for (int i = 0; i < Count; ++i) weights[i] = scores.weight + pairs[i].feature * scores.cols;
+    exact_products<Count, T>(scores.x + pairs[0].row * scores.cols, weights, scores.cols, products);
+    for (int i = 0; i < Count && !broken[pairs[i].row]; ++i) {
+      sink.meet(item, pairs[i].row, pairs[i].feature, products[i] + scores.bias_of(pairs[i].feature));
+    }
+  }
+
+  ISTHMUS_INLINE void prefetch(const T* vector) const {
+    constexpr int64_t most_fetched = 4096;
+    const int64_t bytes = smaller(scores.cols * int64_t(sizeof(T)), most_fetched);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(vector) + i);
   }
 };
+
+// Few rows: every score is exact, and what takes the time is to read the weights once.
+template <class T, class Sink>
+void scan_few(const Scores<T>& scores, const ScanPlan& plan, const BrokenRows& broken, const Sink& sink) {
+  parallel_for(plan.parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin * plan.part; f < smaller(end * plan.part, scores.features); ++f) {
+      for (int64_t row = 0; row < scores.rows; ++row) {
+        if (!broken[row]) sink.meet(f / plan.part, row, f, scores.at(row, f));
+      }
+    }
+  });
+}
+
+// What coarse words leave out of some vectors from all over a matrix, on average, in parts of their length.
+template <class Words, class T>
+double average_loss(const T* vectors, int64_t count, int64_t cols) {
+  constexpr int64_t sample = 32;
+  const Buffer<float> words(cols + lanes<float>);
+  double lost = 0;
+  for (int64_t i = 0; i < sample; ++i) {
+    const Extent extent = Words::template write<false>(vectors + count * i / sample * cols, cols, words.data);
+    if (!extent.is_wild() && extent.length > 0) lost += extent.loss / extent.length;
+  }
+  return lost / sample;
+}
+
+// Coarse words make the product faster and let more scores pass. Scores are about as large as |x| |w| / √D: a bound
+// that is wider by half of that lets a few times as many pass.
+template <class Words, class T>
+bool suits(const Scores<T>& scores) {
+  constexpr double most_lost = 0.5;
+  if (scores.cols < Words::least_cols || scores.cols > Words::most_cols) return false;
+  const double lost = average_loss<Words>(scores.x, scores.rows, scores.cols) +
+                      average_loss<Words>(scores.weight, scores.features, scores.cols);
+  return lost * __builtin_sqrt(static_cast<double>(scores.cols)) < most_lost;
+}
+
+// Calls f<Words>() with what the screen is to multiply.
+template <class T, class F>
+void dispatch_words([[maybe_unused]] const Scores<T>& scores, F&& f) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+  if constexpr (sizeof(Compute<T>) == 4) {
+    if (suits<Bytes>(scores)) return f.template operator()<Bytes>();
+    if (suits<Pairs>(scores)) return f.template operator()<Pairs>();
+  }
+#endif
+  f.template operator()<Fine<Compute<T>>>();
+}
+
+template <class T, class Sink>
+void scan(const Scores<T>& scores, const ScanPlan& plan, const BrokenRows& broken, const Sink& sink) {
+  constexpr int64_t few_rows = 4;
+  if (scores.rows <= few_rows) return scan_few(scores, plan, broken, sink);
+  dispatch_words(scores, [&]<class Words>() { Scanner<T, Words, Sink>{scores, plan, broken, sink}.run(); });
+}

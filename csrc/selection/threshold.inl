@@ -2,25 +2,20 @@
 
 template <class T>
 struct ThresholdSink {
-  using C = Compute<T>;
-
   const ThresholdEncode& args;
-  const C* cut;  // [features + panel_width]
   const BrokenRows& broken;
-  List<T>* const lists;
-  List<T>* list = nullptr;
+  const Lists<T>& lists;
 
-  void begin(int64_t item) { list = lists + item; }
+  double threshold(int64_t feature) const { return args.thresholds[args.one_threshold ? 0 : feature]; }
+  double offset(int64_t feature) const { return -threshold(feature); }
+  Compute<T> bar() const { return 0; }
 
-  void cuts(int64_t feature, Vec<C> (&cuts)[2]) const {
-    for (int v = 0; v < 2; ++v) cuts[v] = load(cut + feature + v * lanes<C>);
-  }
-
-  void meet(int64_t row, int64_t feature, double score) {
-    if (score > args.thresholds[args.one_threshold ? 0 : feature]) {
-      const int64_t place = list->grow();
-      store_score(list->values + place, score);
-      list->positions[place] = position_of(row, feature);
+  void meet(int64_t item, int64_t row, int64_t feature, double score) const {
+    if (score > threshold(feature)) {
+      List<T>& list = lists.data[item];
+      const int64_t place = list.grow();
+      store_score(list.values + place, score);
+      list.positions[place] = position_of(row, feature);
     } else if (score != score) {
       broken.add(row);
     }
@@ -30,14 +25,14 @@ struct ThresholdSink {
 // Counts the entries of rows, then puts them there: of whole blocks, which share no row and no list.
 template <class T>
 struct ThresholdRows {
-  const ScanPlan<T>& plan;
+  const ScanPlan& plan;
   const ThresholdEncode& args;
   const BrokenRows& broken;
   const Lists<T>& lists;
 
   template <class F>
   void each_entry(int64_t block, F&& f) const {
-    for (int64_t item = block * plan.ranges; item < (block + 1) * plan.ranges; ++item) {
+    for (int64_t item = block * plan.parts; item < (block + 1) * plan.parts; ++item) {
       const List<T>& list = lists.data[item];
       for (int64_t i = 0; i < list.count; ++i) {
         const int64_t row = row_of(list.positions[i]);
@@ -82,19 +77,11 @@ struct ThresholdRows {
 
 template <class T>
 void threshold_encode_rows(const ThresholdEncode& args) {
-  using C = Compute<T>;
   const Scores<T> scores(args);
-  const ScanPlan<T> plan(scores);
-  Buffer<C> cuts(args.features + panel_width<C>);
-  for (int64_t f = 0; f < args.features + panel_width<C>; ++f) {
-    cuts.data[f] = rounded_down<C>(args.thresholds[args.one_threshold || f >= args.features ? 0 : f]);
-  }
+  const ScanPlan plan(scores);
   const BrokenRows broken(args.rows);
   const Lists<T> lists(plan.items());
-  parallel_for(plan.items(), 1, [&](int64_t begin, int64_t end) {
-    ThresholdSink<T> sink{args, cuts.data, broken, lists.data};
-    Scanner<T, ThresholdSink<T>>{scores, plan, broken, sink}.run(begin, end);
-  });
+  scan(scores, plan, broken, ThresholdSink<T>{args, broken, lists});
   const ThresholdRows<T> rows{plan, args, broken, lists};
   rows.count();
   rows.place(args.allocate(args.context, args.offsets[args.rows]));

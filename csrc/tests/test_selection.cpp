@@ -120,7 +120,7 @@ void test_batch(const Problem& p, Activation activation, int64_t entries) {
 }  // namespace
 
 int main() {
-  const int64_t shapes[][3] = {{1, 1, 1}, {13, 5, 33}, {7, 0, 40}, {1090, 3, 70}, {5, 20, 1100}};
+  const int64_t shapes[][3] = {{1, 1, 1}, {13, 5, 33}, {7, 0, 40}, {1090, 3, 70}, {5, 20, 1100}, {45, 70, 200}};
   for (DType dtype : all_dtypes) {
     for (const auto& [rows, cols, features] : shapes) {
       const Problem p(dtype, rows, cols, features, rows % 2 == 1);

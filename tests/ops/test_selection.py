@@ -37,7 +37,17 @@ def broken_rows(x, *rows):
 
 # ---- which entries are found -----------------------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1), (3, 5, 7), (13, 3, 33), (5, 17, 31), (97, 8, 65), (2, 40, 3000), (1100, 3, 90), (4, 0, 9)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (13, 3, 33),
+    (5, 17, 31),
+    (97, 8, 65),
+    (2, 40, 3000),
+    (1100, 3, 90),
+    (50, 70, 300),
+    (4, 0, 9),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -157,6 +167,29 @@ def test_a_nan_stays_in_its_row(isa, device):
         for k in (0.1, 3, 99, 100):
             found = ops.batch_topk_encode(x, weight, bias, k, activation=activation)
             assert_same(found, reference.batch_topk_encode(x, weight, bias, k, activation=activation))
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+def test_a_nan_among_few_rows(rows, isa, device):
+    x, weight, bias = whole_numbers(rows, 5, 3000, device=device)
+    x = broken_rows(x, rows // 2)
+    found = ops.threshold_encode(x, weight, bias, 1.0)
+    assert_same(found, reference.threshold_encode(x, weight, bias, 1.0))
+    for k in (0.5, 20, 3000):
+        found = ops.batch_topk_encode(x, weight, bias, k)
+        assert_same(found, reference.batch_topk_encode(x, weight, bias, k))
+
+
+def test_a_sample_that_misleads(isa, device):
+    """Every 4th row and feature, which are those that a sample of 128 by 512 meets, is far above the others, or below."""
+    x, weight, _ = problem(512, 4, 2048, device=device)
+    for scale in (1e3, 1e-3):
+        spread, wide = x.clone(), weight.clone()
+        spread[::4] *= scale
+        wide[::4] *= scale
+        found = ops.batch_topk_encode(spread, wide, None, 300)
+        expected = reference.batch_topk_encode(spread, wide, None, 300)
+        assert_same(found[1:3], expected[1:3])
 
 
 def test_a_broken_row_leaves_no_gap(isa, device):

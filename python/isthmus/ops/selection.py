@@ -19,9 +19,9 @@ def threshold_encode(
     never exist. Exact: an entry is there if its float64 score is greater than the threshold. O(N F D) time, O(E) memory
     forward and backward.
 
-    What a dense code saves is saved as long as it is sparse. E may come to N F / 2, as it does early in training: then
-    each of these entries is scored a second time, in float64, which takes about five times as long as the product, and
-    values and indices take 12 bytes an entry in float32, 24 while they are put in order.
+    E may come to N F / 2, as it does early in training, but nothing is saved then: each entry is scored a second time,
+    in float64, which takes several times as long as the product, and values and indices take 12 bytes an entry in
+    float32, 24 while they are put in order.
 
     Args:
         x: [*, D]; float32, float64, bfloat16 or float16. Its rows are counted in order, N in all.
@@ -65,9 +65,9 @@ def batch_topk_encode(
     """The N k largest of ``activation(x @ weight.T + bias)`` in the whole batch, as a ragged code.
 
     The encoder of a BatchTopK sparse autoencoder (Bussmann et al. 2024, arXiv 2412.06410): rows share N k entries as
-    they need them. The [N, F] pre-activations never exist and are never sorted: each thread keeps a list of at most
-    about 2 N k candidates, which it cuts down to the best when it is full. Exact: entries rank by their float64 scores.
-    O(N F D) time, O(N k) memory for each thread.
+    they need them. The [N, F] pre-activations never exist and are never sorted: a sample of them tells what
+    score the last entry will have, about, and only what is above is collected. Exact: entries rank by their float64
+    scores. O(N F D) time, O(N k) memory.
 
     Args:
         x, weight, bias: as in ``threshold_encode``.
