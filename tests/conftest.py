@@ -25,3 +25,12 @@ def _repeatable():
 def isa(request):
     isthmus.set_isa(request.param)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On a machine shared with other jobs, two threads that wait for each other take longer than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

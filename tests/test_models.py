@@ -13,13 +13,7 @@ from isthmus.models import VAE, VQVAE, BayesClassifier, SparseAutoencoder
 SIDE = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On a machine shared with other jobs, two threads that wait for each other take longer than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import Tensor
 from isthmus import ops
 from isthmus.ops._arguments import check_choice, key_for
 from isthmus.random import split
-from isthmus.reference._numeric import widen
+from isthmus.reference._numeric import unit, widen
 
 __all__ = ["kmeans"]
 
@@ -70,7 +70,7 @@ def kmeans(
     finite = rows.isfinite().all(-1)
     rows = torch.where(finite.unsqueeze(-1), rows, 0.0)
     if metric == "cosine":
-        rows = _unit(rows)
+        rows = unit(rows)
     importance = finite.to(rows.dtype) if weights is None else torch.where(finite, weights.to(rows.dtype), 0.0)
     mask = importance > 0
     weighted = rows if weights is None else torch.cat([rows * importance.unsqueeze(-1), importance.unsqueeze(-1)], -1)
@@ -84,7 +84,7 @@ def kmeans(
             sums, counts = sums[:, :-1], sums[:, -1]
         codebook = _refill(sums, counts, rows, error * importance)
         if metric == "cosine":
-            codebook = _unit(codebook)
+            codebook = unit(codebook)
     return codebook, counts
 
 
@@ -117,9 +117,3 @@ def _scattered_rows(rows: Tensor, importance: Tensor, num_codes: int, key: Tenso
         reach = ops.vq_quantize(rows, rows[chosen[-1]], indices=nothing)[2]
         distance = reach if len(chosen) == 1 else torch.minimum(distance, reach)
     return torch.cat(chosen)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x scaled to length 1; zeros stay."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1.0, length)

@@ -2,13 +2,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """The problems here are tiny: on a busy machine a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_problems(one_thread):
+    """A second thread would cost more than it brings."""
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 import copy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from checks import extra_memory, measures_memory
 
 from isthmus import nn
 
@@ -203,13 +203,7 @@ def test_snapshot_keeps_the_promises_of_an_op():
     assert torch.autograd.gradgradcheck(lambda x: torch.ops.isthmus_nn.snapshot(x).square(), x)
 
 
-def peak_memory():
-    """Bytes at the highest point since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 @pytest.mark.parametrize("learning", LEARNING)
 @pytest.mark.parametrize("rows", [2048, 16384])
 def test_a_training_step_needs_a_few_copies_of_vectors_and_codes(learning, rows):
@@ -221,12 +215,11 @@ def test_a_training_step_needs_a_few_copies_of_vectors_and_codes(learning, rows)
         quantized, _, loss = quantizer(x)
         (loss + quantized.sum()).backward()
 
-    step()
-    x.grad = quantizer.codebook.grad = None
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    step()
-    assert peak_memory() - before < 4 * (x.numel() + quantizer.codebook.numel()) * 4
+    def warm_up():
+        step()
+        x.grad = quantizer.codebook.grad = None
+
+    assert extra_memory(step, warm_up) < 4 * (x.numel() + quantizer.codebook.numel()) * 4
 
 
 @pytest.mark.parametrize("learning", LEARNING)

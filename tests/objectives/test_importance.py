@@ -1,10 +1,10 @@
 """Importance-weighted bounds on a linear-Gaussian model, whose likelihood is known."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from checks import extra_memory, measures_memory
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import isthmus
@@ -299,13 +299,9 @@ def test_bad_arguments_are_named(model):
         )
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 def test_evaluation_takes_the_memory_of_one_chunk():
     """A chunk of 64 samples is 4 MB; 4096 samples at once would be 268 MB."""
-
-    def peak_memory() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
 
     mean, logvar = torch.zeros(256, 64), torch.zeros(256, 64)
 
@@ -315,8 +311,4 @@ def test_evaluation_takes_the_memory_of_one_chunk():
     def evaluate(num_samples: int) -> None:
         objectives.importance_weighted_log_likelihood(log_likelihood, mean, logvar, num_samples=num_samples)
 
-    evaluate(64)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    evaluate(4096)
-    assert peak_memory() - before < 16e6
+    assert extra_memory(lambda: evaluate(4096), lambda: evaluate(64)) < 16e6

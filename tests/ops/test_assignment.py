@@ -1,10 +1,10 @@
 """What is particular to soft and stochastic assignment; the rest is in tests/test_every_op.py."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from checks import assert_near, extra_memory, measures_memory
 from torch.nn import functional
 
 import isthmus
@@ -27,14 +27,6 @@ def draw(rows, codes, dim, dtype=torch.float32, device="cpu"):
 
 def wide(*tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
-
-
-def assert_near(actual, expected, factor=1.0):
-    """Equal to some roundings of the type of the result, relative to the largest entry."""
-    unit = torch.finfo(actual.dtype).eps
-    worst = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    size = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-    assert actual.shape == expected.shape and worst <= 16 * factor * unit * size
 
 
 def gumbel(key, rows, codes, dtype):
@@ -363,21 +355,7 @@ def test_a_codebook_learns_to_be_used():
 # ---- memory, errors --------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Bytes at the highest point since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def extra_memory(call):
-    call()  # pools and stacks are there
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    call()
-    return peak_memory() - before
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 @every_call
 def test_memory_stays_linear(call):
     """The probabilities of this call would take 128 MB."""

@@ -1,10 +1,10 @@
 """What is particular to vector quantization; the rest is in tests/test_every_op.py."""
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from checks import extra_memory, measures_memory
 
 from isthmus import ops, reference
 
@@ -383,24 +383,14 @@ def test_rotation_is_constant_in_second_derivatives():
 # ---- memory, errors --------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Bytes at the highest point since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 def test_memory_stays_linear():
     """The scores of this call would take 800 MB."""
     x, codebook = torch.randn(50_000, 8), torch.randn(4000, 8)
-    ops.vq_quantize(x[:1000], codebook)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    ops.vq_quantize(x, codebook)
-    assert peak_memory() - before < 20e6
+    assert extra_memory(lambda: ops.vq_quantize(x, codebook), lambda: ops.vq_quantize(x[:1000], codebook)) < 20e6
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 def test_a_training_step_takes_four_times_its_input():
     """Forward, backward, totals and update, with the gradients and all outputs: at most 4 (N D + K D) floats."""
     rows, codes, dim = 32_768, 8192, 64
@@ -413,25 +403,20 @@ def test_a_training_step_takes_four_times_its_input():
         counts, batch_sums = ops.code_statistics(x, indices, codes)
         ops.update_codebook_(codebook, usage, sums, counts, batch_sums, decay=0.99)
 
-    step(x[:500])
-    x.grad = None
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    step(x)
-    assert peak_memory() - before < 4 * 4 * (rows + codes) * dim
+    def warm_up():
+        step(x[:500])
+        x.grad = None
+
+    assert extra_memory(lambda: step(x), warm_up) < 4 * 4 * (rows + codes) * dim
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 def test_heads_between_rows_are_not_copied():
     """Heads of 64 MB; only 64-bit indices and a little scratch may be new."""
     x = torch.randn(65_536, 8, 32).movedim(-2, 0)
     codebook = torch.randn(8, 4, 32)
-    ops.vq_assign(x[:, :1000], codebook)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    indices = ops.vq_assign(x, codebook)
-    assert peak_memory() - before < 16e6
-    assert torch.equal(indices[3], ops.vq_assign(x[3].contiguous(), codebook[3]))
+    assert extra_memory(lambda: ops.vq_assign(x, codebook), lambda: ops.vq_assign(x[:, :1000], codebook)) < 16e6
+    assert torch.equal(ops.vq_assign(x, codebook)[3], ops.vq_assign(x[3].contiguous(), codebook[3]))
 
 
 def test_concurrent_callers():

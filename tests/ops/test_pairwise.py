@@ -1,10 +1,10 @@
 """What is particular to terms over all pairs; the rest is in tests/test_every_op.py."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from checks import assert_near, extra_memory, measures_memory
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from isthmus import ops, reference
@@ -22,14 +22,6 @@ SHAPES = [
 def draw(rows, components, dim, dtype=torch.float32, device="cpu"):
     shapes = (rows, dim), (components, dim), (components, dim)
     return [torch.randn(*shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
-
-
-def assert_near(actual, expected, factor=1.0):
-    """Equal to some roundings of the type the result is returned in, relative to the largest entry."""
-    unit = torch.finfo(actual.dtype).eps
-    worst = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    size = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-    assert actual.shape == expected.shape and worst <= 16 * factor * unit * size
 
 
 # ---- mixtures --------------------------------------------------------------------------------------------------------
@@ -378,40 +370,21 @@ def test_mmd_returns_only_wanted_gradients():
 # ---- memory, errors --------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Bytes at the highest point since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def extra_memory(call):
-    call()  # pools and stacks are there
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    call()
-    return peak_memory() - before
-
-
-resettable = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only"
-)
-
-
-@resettable
+@measures_memory
 def test_mixture_memory_stays_linear():
     """The scores of this call would take 128 MB, the residuals 1 GB."""
     leaves = [t.requires_grad_() for t in draw(16_000, 2000, 8)]
     assert extra_memory(lambda: torch.autograd.grad(ops.mixture_log_prob(*leaves).sum(), leaves)) < 10e6
 
 
-@resettable
+@measures_memory
 def test_aggregate_memory_stays_linear():
     """The terms of this call would take 128 MB."""
     leaves = [t.requires_grad_() for t in draw(2000, 2000, 8)]
     assert extra_memory(lambda: torch.autograd.grad(sum(ops.aggregate_log_prob(*leaves, 10_000)).sum(), leaves)) < 10e6
 
 
-@resettable
+@measures_memory
 def test_mmd_memory_stays_linear():
     """The distances of this call would take 96 MB."""
     leaves = [torch.randn(n, 4).requires_grad_() for n in (6000, 4000)]

@@ -1,10 +1,10 @@
 """What is particular to residual vector quantization; the rest is in tests/test_every_op.py."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
+from checks import extra_memory, measures_memory
 
 import isthmus
 from isthmus import ops, reference
@@ -347,13 +347,7 @@ def test_sums_do_not_depend_on_threads():
 # ---- memory, errors --------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Bytes at the highest point since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+@measures_memory
 def test_memory_does_not_grow_with_the_stages_times_the_dimension():
     """The residuals of all stages would take 160 MB, the scores of one stage 20 MB a thousand vectors."""
     x, codebooks = (t.requires_grad_() for t in draw(40_000, 16, 500, 64))
@@ -362,12 +356,8 @@ def test_memory_does_not_grow_with_the_stages_times_the_dimension():
         quantized, _, error = ops.residual_vq_quantize(x, codebooks)
         torch.autograd.grad((quantized, error), (x, codebooks), (torch.ones_like(x), torch.ones_like(error)))
 
-    step()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    step()
     # In numbers: N·D for quantized, its gradient, grad_x and the residuals, N·Q for indices and errors.
-    assert peak_memory() - before < 4 * (4 * x.numel() + 8 * 40_000 * 16 + 4 * codebooks.numel())
+    assert extra_memory(step) < 4 * (4 * x.numel() + 8 * 40_000 * 16 + 4 * codebooks.numel())
 
 
 X, BOOKS = torch.zeros(4, 3), torch.zeros(2, 5, 3)

@@ -49,3 +49,20 @@ def as_rows(name: str, t: Tensor) -> Tensor:
     if t.dim() == 0:
         raise ValueError(f"{name} has shape []; expected at least one dimension")
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+# ---- results without data, for fake kernels --------------------------------------------------------------------------
+
+
+def like(x: Tensor) -> Tensor:
+    """Contiguous, whatever the strides of ``x``."""
+    return x.new_empty(x.shape)
+
+
+def row_values(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))
+
+
+def gradients_like(*wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
+    """Tensors like those that are wanted; empty ones for the others."""
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)

@@ -4,7 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import accumulate_dtype, check_choice, key_for
+from isthmus.ops._arguments import accumulate_dtype, check_choice, gradients_like, key_for, row_values
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -215,16 +215,8 @@ def vq_cross_entropy(
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _row_values(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))
-
-
 def _normalizer(x: Tensor) -> Tensor:
     return x.new_empty((2, *x.shape[:-1]), dtype=accumulate_dtype(x))
-
-
-def _gradients_like(x: Tensor, codebook: Tensor, need_x: bool, need_codebook: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else (0,)), x.new_empty(codebook.shape if need_codebook else (0,))
 
 
 @torch.library.register_fake("isthmus::vq_sample")
@@ -240,28 +232,28 @@ def _(x, codebook, mask, key, metric, temperature, relaxation, hard):
 
 @torch.library.register_fake("isthmus::vq_soft_quantize_backward")
 def _(grad, centred, normalizer, x, codebook, mask, key, metric, temperature, relaxation, need_x, need_codebook):
-    return _gradients_like(x, codebook, need_x, need_codebook)
+    return gradients_like((x, need_x), (codebook, need_codebook))
 
 
 @torch.library.register_fake("isthmus::vq_soft_statistics")
 def _(x, codebook, mask, metric, temperature):
     usage = x.new_empty(codebook.shape[:-1], dtype=accumulate_dtype(x))
-    return _row_values(x), usage, _normalizer(x)
+    return row_values(x), usage, _normalizer(x)
 
 
 @torch.library.register_fake("isthmus::vq_soft_statistics_backward")
 def _(grad_entropy, grad_usage, entropy, normalizer, x, codebook, mask, metric, temperature, need_x, need_codebook):
-    return _gradients_like(x, codebook, need_x, need_codebook)
+    return gradients_like((x, need_x), (codebook, need_codebook))
 
 
 @torch.library.register_fake("isthmus::vq_cross_entropy")
 def _(x, codebook, indices, metric, temperature):
-    return _row_values(x), _normalizer(x)
+    return row_values(x), _normalizer(x)
 
 
 @torch.library.register_fake("isthmus::vq_cross_entropy_backward")
 def _(grad, normalizer, x, codebook, indices, metric, temperature, need_x, need_codebook):
-    return _gradients_like(x, codebook, need_x, need_codebook)
+    return gradients_like((x, need_x), (codebook, need_codebook))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

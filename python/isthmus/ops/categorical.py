@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import accumulate_dtype, broadcast, check_choice, key_for
+from isthmus.ops._arguments import accumulate_dtype, broadcast, check_choice, gradients_like, key_for, like, row_values
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -166,18 +166,6 @@ def _reduce(kl: Tensor, reduction: str) -> Tensor:
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _row_values(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits))
-
-
-def _like(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _prior_gradient(logits: Tensor, wanted: bool) -> Tensor:
-    return logits.new_empty(logits.shape if wanted else (0,))
-
-
 @torch.library.register_fake("isthmus::gumbel_noise")
 def _(key, shape, dtype):
     return key.new_empty(shape, dtype=dtype)
@@ -185,37 +173,37 @@ def _(key, shape, dtype):
 
 @torch.library.register_fake("isthmus::gumbel_softmax")
 def _(logits, key, temperature, hard):
-    return _like(logits)
+    return like(logits)
 
 
 @torch.library.register_fake("isthmus::gumbel_softmax_backward")
 def _(grad, y, temperature):
-    return _like(y)
+    return like(y)
 
 
 @torch.library.register_fake("isthmus::gumbel_softmax_hard_backward")
 def _(grad, logits, key, temperature):
-    return _like(logits)
+    return like(logits)
 
 
 @torch.library.register_fake("isthmus::gumbel_softmax_kl")
 def _(logits, prior_logits, key, temperature, hard):
-    return _like(logits), _row_values(logits)
+    return like(logits), row_values(logits)
 
 
 @torch.library.register_fake("isthmus::gumbel_softmax_kl_backward")
 def _(grad_y, grad_kl, logits, prior_logits, key, temperature, prior_gradient):
-    return _like(logits), _prior_gradient(logits, prior_gradient)
+    return gradients_like((logits, True), (logits, prior_gradient))
 
 
 @torch.library.register_fake("isthmus::categorical_kl")
 def _(logits, prior_logits):
-    return _row_values(logits)
+    return row_values(logits)
 
 
 @torch.library.register_fake("isthmus::categorical_kl_backward")
 def _(grad, logits, prior_logits, prior_gradient):
-    return _like(logits), _prior_gradient(logits, prior_gradient)
+    return gradients_like((logits, True), (logits, prior_gradient))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

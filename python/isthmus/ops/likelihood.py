@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import accumulate_dtype, broadcast, check_choice
+from isthmus.ops._arguments import accumulate_dtype, broadcast, check_choice, gradients_like
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -233,10 +233,6 @@ def _nll_shape(x: Tensor, reduction: str) -> Any:
     return {"none": x.shape, "row": x.shape[:-1]}.get(reduction, ())
 
 
-def _gradients_like(*wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
-
-
 @torch.library.register_fake("isthmus::gaussian_nll")
 def _(x, mean, scale, weight, scale_type, beta, reduction):
     return x.new_empty(_nll_shape(x, reduction), dtype=accumulate_dtype(x))
@@ -244,7 +240,7 @@ def _(x, mean, scale, weight, scale_type, beta, reduction):
 
 @torch.library.register_fake("isthmus::gaussian_nll_backward")
 def _(grad, x, mean, scale, weight, scale_type, beta, reduction, need_x, need_mean, need_scale):
-    return _gradients_like((x, need_x), (mean, need_mean), (scale, need_scale))
+    return gradients_like((x, need_x), (mean, need_mean), (scale, need_scale))
 
 
 @torch.library.register_fake("isthmus::discretized_gaussian_nll")
@@ -254,7 +250,7 @@ def _(x, mean, scale, bin_width, low, high, scale_type, reduction):
 
 @torch.library.register_fake("isthmus::discretized_gaussian_nll_backward")
 def _(grad, x, mean, scale, bin_width, low, high, scale_type, reduction, need_x, need_mean, need_scale):
-    return _gradients_like((x, need_x), (mean, need_mean), (scale, need_scale))
+    return gradients_like((x, need_x), (mean, need_mean), (scale, need_scale))
 
 
 @torch.library.register_fake("isthmus::generalized_gaussian_nll")
@@ -264,7 +260,7 @@ def _(x, mean, scale, shape, reduction):
 
 @torch.library.register_fake("isthmus::generalized_gaussian_nll_backward")
 def _(grad, x, mean, scale, shape, reduction, *needed):
-    return _gradients_like(*zip((x, mean, scale, shape), needed, strict=True))
+    return gradients_like(*zip((x, mean, scale, shape), needed, strict=True))
 
 
 @torch.library.register_fake("isthmus::discretized_logistic_mixture_nll")
@@ -275,7 +271,7 @@ def _(x, parameters, num_mixtures, bins, min_log_scale, reduction):
 
 @torch.library.register_fake("isthmus::discretized_logistic_mixture_nll_backward")
 def _(grad, x, parameters, num_mixtures, bins, min_log_scale, reduction, need_x, need_parameters):
-    return _gradients_like((x, need_x), (parameters, need_parameters))
+    return gradients_like((x, need_x), (parameters, need_parameters))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import accumulate_dtype, check_choice, key_for
+from isthmus.ops._arguments import accumulate_dtype, check_choice, gradients_like, key_for, like, row_values
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -378,26 +378,18 @@ def unpack_indices(packed: Tensor, *, bits: int | None = None, length: int | Non
 # ---- shapes without data ---------------------------------------------------------------------------------------------
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _row_values(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))
-
-
 def _row_indices(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 @torch.library.register_fake("isthmus::fsq_quantize")
 def _(x, levels, mask, key, symmetric, hard_clamp, noise_dropout):
-    return _like(x), _row_indices(x)
+    return like(x), _row_indices(x)
 
 
 @torch.library.register_fake("isthmus::fsq_quantize_backward")
 def _(grad, x, levels, mask, symmetric, hard_clamp):
-    return _like(x)
+    return like(x)
 
 
 @torch.library.register_fake("isthmus::fsq_decode")
@@ -407,33 +399,33 @@ def _(indices, levels, symmetric, first_highest, scale, dtype):
 
 @torch.library.register_fake("isthmus::lfq_quantize")
 def _(x, mask, scale, spherical):
-    return _like(x), _row_indices(x), _row_values(x)
+    return like(x), _row_indices(x), row_values(x)
 
 
 @torch.library.register_fake("isthmus::lfq_quantize_backward")
 def _(grad_quantized, grad_error, x, mask, scale, spherical):
-    return _like(x)
+    return like(x)
 
 
 @torch.library.register_fake("isthmus::lfq_quantize_entropy")
 def _(x, mask, scale, spherical, inverse_temperature, codebooks):
     counts = x.new_empty(x.shape[-1:] if codebooks == 0 else x.shape[-2:], dtype=accumulate_dtype(x))
-    return _like(x), _row_indices(x), _row_values(x), _row_values(x), counts
+    return like(x), _row_indices(x), row_values(x), row_values(x), counts
 
 
 @torch.library.register_fake("isthmus::lfq_quantize_entropy_backward")
 def _(grad_quantized, grad_error, grad_entropy, grad_counts, x, mask, scale, spherical, inverse_temperature, codebooks):
-    return _like(x)
+    return like(x)
 
 
 @torch.library.register_fake("isthmus::latent_quantize")
 def _(x, codebooks, levels, mask, commitment_weight):
-    return _like(x), _row_indices(x), _row_values(x)
+    return like(x), _row_indices(x), row_values(x)
 
 
 @torch.library.register_fake("isthmus::latent_quantize_backward")
 def _(grad_quantized, grad_error, x, codebooks, levels, mask, commitment_weight, need_codebooks):
-    return _like(x), codebooks.new_empty(codebooks.shape if need_codebooks else (0,))
+    return gradients_like((x, True), (codebooks, need_codebooks))
 
 
 @torch.library.register_fake("isthmus::latent_decode")
@@ -448,12 +440,12 @@ def _(grad, indices, levels):
 
 @torch.library.register_fake("isthmus::binary_map")
 def _(logits, key, gradient, temperature):
-    return _like(logits), _row_indices(logits), _row_values(logits)
+    return like(logits), _row_indices(logits), row_values(logits)
 
 
 @torch.library.register_fake("isthmus::binary_map_backward")
 def _(grad_bits, grad_entropy, logits, key, gradient, temperature):
-    return _like(logits)
+    return like(logits)
 
 
 @torch.library.register_fake("isthmus::pack_bits")

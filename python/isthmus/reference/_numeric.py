@@ -1,4 +1,4 @@
-"""Number rules that all families share: the four scale types, and how half types accumulate."""
+"""Number rules that all families share: the four scale types, how half types accumulate, and vectors of length 1."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,13 @@ from torch import Tensor
 def widen(x: Tensor) -> Tensor:
     """``x`` in the type its results accumulate in: float32 for half types, else its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1; zeros stay zeros, with gradient zero."""
+    zero = (x == 0).all(-1, keepdim=True)
+    length = torch.linalg.vector_norm(torch.where(zero, 1.0, x), dim=-1, keepdim=True)
+    return torch.where(zero, 0.0, x / torch.where(length == 0, 1.0, length))
 
 
 def standard_deviation(scale: Tensor, scale_type: str) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from isthmus.reference._numeric import widen
+from isthmus.reference._numeric import unit, widen
 
 __all__ = ["vq_cross_entropy", "vq_sample", "vq_soft_quantize", "vq_soft_statistics"]
 
@@ -169,7 +169,7 @@ def _scores(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None = None
         x, codebook = x - shift, codebook - mean
         return 2 * _products(x, codebook) - _for_rows(codebook.square().sum(-1), x)
     if metric == "cosine":
-        return _products(_unit(x), _unit(codebook))
+        return _products(unit(x), unit(codebook))
     if metric == "inner_product":
         return _products(x, codebook)
     raise ValueError(f"metric is {metric!r}; expected 'euclidean', 'cosine' or 'inner_product'")
@@ -192,12 +192,6 @@ def _codes(codebook: Tensor, indices: Tensor) -> Tensor:
     if codebook.dim() == 2:
         return embedding(indices, codebook)
     return torch.stack([embedding(i, c) for i, c in zip(indices, codebook, strict=True)])
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors of length one; zeros stay zeros, with gradient zero."""
-    zero = (vectors == 0).all(-1, keepdim=True)
-    return torch.where(zero, 0.0, vectors / torch.where(zero, 1.0, vectors).norm(dim=-1, keepdim=True))
 
 
 def _hide(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from isthmus.reference._numeric import widen
+from isthmus.reference._numeric import unit, widen
 
 __all__ = [
     "code_statistics",
@@ -258,13 +258,13 @@ def update_codebook_(
         sums.add_(rate.unsqueeze(-1) * (batch_sums * per_hit.unsqueeze(-1) - sums))
         used = usage.sum(-1, keepdim=True)
         smoothed = (usage + eps) * used / (used + usage.shape[-1] * eps)
-        codes = _unit(sums) if normalize else sums / smoothed.unsqueeze(-1)
+        codes = unit(sums) if normalize else sums / smoothed.unsqueeze(-1)
         learned = (learning & (usage > _FORGOTTEN)).unsqueeze(-1)
         codebook.copy_(torch.where(learned, codes.to(codebook.dtype), codebook))
     if candidates is not None:
         dead = learning & (usage < revive_below) & ~candidates.isnan().any(-1)
         fresh = widen(candidates)
-        fresh = _unit(fresh) if normalize else fresh
+        fresh = unit(fresh) if normalize else fresh
         usage.masked_fill_(dead, 1.0)
         codebook.copy_(torch.where(dead.unsqueeze(-1), fresh.to(codebook.dtype), codebook))
         if sums is not None:
@@ -306,9 +306,3 @@ def _gather(codebook: Tensor, indices: Tensor) -> Tensor:
 def _carrier(x: Tensor) -> Tensor:
     """Zero with the gradient of x, also where x is NaN or infinite: what it is added to keeps its value."""
     return (x - x.detach()).nan_to_num()
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x scaled to length 1; zeros stay."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1.0, length)
