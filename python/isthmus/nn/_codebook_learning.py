@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from isthmus import clustering, ops, random
 from isthmus.diagnostics import perplexity
 
+from ._ranks import all_reduce, has_ranks
+
 
 class Codebook(nn.Module):
     """The codes of one or several books, and what they learn from.
@@ -244,19 +246,6 @@ def pick(books: Tensor, number: Tensor) -> Tensor:
 def mean_of_live(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over rows that count; the others hold zeros."""
     return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)
-
-
-def has_ranks() -> bool:
-    """Whether ``torch.distributed`` is initialised."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def all_reduce(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Sums over all ranks, by one collective."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def _gather(rows: Tensor) -> Tensor:

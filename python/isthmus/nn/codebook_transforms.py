@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._codebook_learning import all_reduce, has_ranks, snapshot
+from ._codebook_learning import snapshot
+from ._ranks import all_reduce, has_ranks
 from .codebook import VectorQuantizer
 
 

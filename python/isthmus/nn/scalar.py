@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from isthmus import ops
 
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import all_reduce, has_ranks, mean_of_live
+from ._codebook_learning import mean_of_live
+from ._ranks import all_reduce, has_ranks
 
 
 class ScalarQuantizerOutput(NamedTuple):

@@ -13,7 +13,7 @@ from isthmus import ops
 from isthmus.objectives.sparse import fraction_of_variance_unexplained
 from isthmus.ops._arguments import accumulate_dtype
 
-from ._codebook_learning import all_reduce, has_ranks
+from ._ranks import all_reduce, has_ranks
 from ._sparse_coder import SparseCode, SparseCoder, check_k, entry_rows
 
 
