@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from isthmus import ops
+from isthmus.ops._arguments import accumulate_dtype
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -87,7 +88,7 @@ class RowAdam(Optimizer):
         if not state:
             state["step"] = 0
             for name in _MOMENTS:
-                state[name] = torch.zeros_like(parameter, dtype=_moment_dtype(parameter))
+                state[name] = torch.zeros_like(parameter, dtype=accumulate_dtype(parameter))
         state["step"] += 1
         ops.adam_rows_(
             parameter,
@@ -111,8 +112,4 @@ class RowAdam(Optimizer):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
                 for name in _MOMENTS if index in state_dict["state"] else ():
                     moment = state_dict["state"][index][name]
-                    self.state[parameter][name] = moment.to(parameter.device, _moment_dtype(parameter), copy=True)
-
-
-def _moment_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+                    self.state[parameter][name] = moment.to(parameter.device, accumulate_dtype(parameter), copy=True)
