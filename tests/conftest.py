@@ -34,3 +34,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rand():
+    """Normal float64 leaves, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        x = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return x.requires_grad_()
+
+    return draw
