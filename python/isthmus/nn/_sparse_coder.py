@@ -218,12 +218,13 @@ class SparseCoder(nn.Module):
         """
         weight, grad = self.decoder_weight, self.decoder_weight.grad
         if grad is not None:
-            grad.sub_((grad * weight).sum(dim=-1, keepdim=True) * weight)
+            grad.addcmul_(torch.linalg.vecdot(grad, weight).unsqueeze(-1), weight, value=-1.0)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to Euclidean norm 1."""
-        self.decoder_weight.copy_(nn.functional.normalize(self.decoder_weight, dim=-1))
+        norms = torch.linalg.vector_norm(self.decoder_weight, dim=-1, keepdim=True)
+        self.decoder_weight.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
