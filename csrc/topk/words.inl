@@ -50,11 +50,18 @@ struct Fine {
 
   template <bool Row, class T>
   static Extent write(const T* v, int64_t cols, C* words) {
-    for (int64_t k = 0; k < cols; k += lanes<C>) store_first(words + k, load_first(v + k, cols - k), cols - k);
-    const double square = exact_score(v, v, cols, 0);
+    Vec<C> squares = {};
+    for (int64_t k = 0; k < cols; k += lanes<C>) {
+      const Vec<C> part = load_first(v + k, cols - k);
+      store_first(words + k, part, cols - k);
+      squares += part * part;
+    }
+    // The least length is much more than that of components whose squares vanish.
+    const double square = static_cast<double>(sum_lanes<C>(squares)), count = static_cast<double>(cols);
     if (!(square < tame_square<C>)) return Extent::wild();
     if (all_zero(v, cols)) return {0, 0};
-    return {at_least(__builtin_sqrt(square) * outward, least_length<C>), 0};
+    const double enlarge = outward * (1 + rounding_unit<C> * (count + 16));
+    return {at_least(__builtin_sqrt(square) * enlarge, least_length<C>) * enlarge, 0};
   }
 };
 
