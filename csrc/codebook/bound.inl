@@ -42,6 +42,7 @@ struct GroupNorms {
 template <class C>
 struct RowBound {
   C slope = 0, length = 0, absolute = 0;
+  C rounding = 0;  // the slope of a fine screen
 
   RowBound() = default;
   // square = |x|², lost = |δx|² of a coarse screen; taken: the length of what the codes lost and x did not; unit: of
@@ -55,6 +56,7 @@ struct RowBound {
     const double whole = __builtin_sqrt(square) * enlarged;
     const double part = coarse ? __builtin_sqrt(lost) * enlarged + least_length<C> : 0;
     const double rescoring = 0x1p-53 * (square + whole * taken);
+    rounding = static_cast<C>(count * rounding_unit<C> * whole * raise<C>);
     slope = static_cast<C>((part + count * rounding_unit<C> * whole) * raise<C>);
     length = static_cast<C>((whole + part > 32 * unit ? whole + part : 32 * unit) * raise<C>);
     absolute = static_cast<C>(count * (rescoring + flushed<C> * (1 + whole)) * raise<C>);
@@ -118,6 +120,10 @@ struct GroupBounds {
   // For subtracting: of a group with a wild code, the other codes.
   ISTHMUS_INLINE C lower(const RowBound<C>& row, int64_t g) const {
     return product(row, norms.data[g], losses.data[g]) + floors.data[g];
+  }
+  // Of scores that are computed from the vectors themselves; infinite if the group holds a wild code.
+  ISTHMUS_INLINE C fine(const RowBound<C>& row, int64_t g) const {
+    return row.rounding * norms.data[g] + row.absolute + ceilings.data[g];
   }
   ISTHMUS_INLINE C upper(const RowBound<C>& row, int64_t g) const {
     return product(row, norms.data[g], losses.data[g]) + ceilings.data[g];

@@ -1,6 +1,7 @@
 // Vector quantization on the CPU.
 //
-// search.inl finds the best codes of rows in cache, direct.inl those of few rows, lookup.inl makes them the op; the rest is what follows from indices.
+// search.inl finds the best codes of rows in cache, direct.inl those of few rows, lookup.inl makes them the op; the
+// rest is what follows from indices.
 
 #include "codebook/kernels.h"
 #include "core/amx_tiles.h"

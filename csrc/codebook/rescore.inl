@@ -103,7 +103,7 @@ struct BestCodes {
     for (int p = 0; p < group_parts; ++p) top = greater(group[p], top);
     const double largest = largest_lane<double>(top);
     if (!(largest > -__builtin_inf())) return false;
-    if (largest <= scores[0]) return true;
+    if (largest < scores[0] || (largest == scores[0] && indices[0] < first)) return true;
     unsigned equal = 0;
 #pragma GCC unroll 8
     for (int p = 0; p < group_parts; ++p) equal |= lane_bits(group[p] == largest) << (p * lanes<double>);
@@ -112,12 +112,12 @@ struct BestCodes {
     return true;
   }
 
-  // A whole group. Groups come in ascending order, so that of equal scores the first to come stays.
+  // A whole group, in any order of groups.
   ISTHMUS_INLINE void meet_group(const f64v (&group)[group_parts], int64_t first, int64_t left) const {
     if (count == 1 && left >= group_codes && meet_largest(group, first)) return;
     unsigned better = 0;
 #pragma GCC unroll 8
-    for (int p = 0; p < group_parts; ++p) better |= lane_bits(group[p] > scores[count - 1]) << (p * lanes<double>);
+    for (int p = 0; p < group_parts; ++p) better |= lane_bits(group[p] >= scores[count - 1]) << (p * lanes<double>);
     if (indices[count - 1] == nobody) better = ~0u;
     better &= left < group_codes ? (1u << left) - 1 : (1u << group_codes) - 1;
     for (; better != 0; better &= better - 1) {
@@ -168,12 +168,14 @@ template <class T>
 struct CodeGroups {
   using C = Compute<T>;
   const GroupScorer scorer;
+  const T* const codebook;
   const int64_t codes, dim, groups;
   Buffer<C> numbers;       // [groups, dim, group_codes]
   Buffer<double> lengths;  // [groups, group_codes]; of cosine only
 
-  CodeGroups(Metric metric, const T* codebook, int64_t codes_, int64_t dim_)
+  CodeGroups(Metric metric, const T* codebook_, int64_t codes_, int64_t dim_)
       : scorer{metric, dim_},
+        codebook(codebook_),
         codes(codes_),
         dim(dim_),
         groups((codes + group_codes - 1) / group_codes),

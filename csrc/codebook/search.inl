@@ -206,13 +206,78 @@ struct BlockSearch {
   }
 
   void rescore(int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {
-    int64_t copied = -1;
-    for (int64_t i = 0; i < found; ++i) {
-      if (i + 2 < found) groups.prefetch(queue.data[i + 2].group);
-      const int64_t r = queue.data[i].row;
-      if (r != copied) copy_double(rows + r * stride, panels.dim, row.data);
-      copied = r;
-      groups.rescore(row.data, queue.data[i].group, {scores + r * best, indices + r * best, best});
+    for (int64_t begin = 0, end = end_of_row(0, found); begin < found;) {
+      const int64_t r = queue.data[begin].row, next_end = end_of_row(end, found);
+      const bool next_ordered = pays_to_order(next_end - end);
+      if (next_ordered) bring_forward(end, next_end);
+      for (int64_t i = end; i < next_end && i < end + (next_ordered ? 1 : 2); ++i) groups.prefetch(queue.data[i].group);
+      const C* x = rows + r * stride;
+      const BestCodes codes{scores + r * best, indices + r * best, best};
+      copy_double(x, panels.dim, row.data);
+      if (pays_to_order(end - begin)) {
+        rescore_best_first(r, x, begin, end, codes);
+      } else {
+        for (int64_t i = begin; i < end; ++i) groups.rescore(row.data, queue.data[i].group, codes);
+      }
+      begin = end;
+      end = next_end;
     }
+  }
+
+  // Of the part of the queue that begins here and belongs to one row.
+  int64_t end_of_row(int64_t begin, int64_t found) const {
+    int64_t end = begin;
+    while (end < found && queue.data[end].row == queue.data[begin].row) ++end;
+    return end;
+  }
+
+  // Of vectors that are short, rescoring a few more takes no longer than finding out which. Codes of cosine would have
+  // to be normalised in float64 once more: where a center is taken off, they have few digits left.
+  bool pays_to_order(int64_t survivors) const {
+    return panels.coarse && panels.metric != Metric::cosine && survivors > best + 1 && best <= size &&
+           panels.dim >= 128;
+  }
+
+  // Survivors of a coarse screen: once `best` codes are known, the score of the last of them, which needs no allowance
+  // for what words leave out, drops most of the others.
+  void rescore_best_first(int64_t r, const C* x, int64_t begin, int64_t end, const BestCodes& codes) {
+    C bar = bars.data[r * best + best - 1];
+    int64_t last = BestCodes::nobody;
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < begin + best) bring_forward(i, end);
+      const Survivor next = queue.data[i];
+      if (next.score + panels.bounds.upper(bounds[r], next.group) < bar) continue;
+      groups.rescore(row.data, next.group, codes);
+      if (codes.indices[best - 1] == last) continue;
+      last = codes.indices[best - 1];
+      const C raised = lower_bound(r, x, last);
+      if (raised > bar) bar = raised;
+    }
+  }
+
+  // The survivor with the largest score takes this place in the queue.
+  void bring_forward(int64_t place, int64_t end) {
+    int64_t top = place;
+    for (int64_t i = place + 1; i < end; ++i) {
+      if (queue.data[i].score > queue.data[top].score) top = i;
+    }
+    const Survivor moved = queue.data[top];
+    queue.data[top] = queue.data[place];
+    queue.data[place] = moved;
+  }
+
+  // What the screen approximates, for one code, less its rounding. Not for cosine.
+  C lower_bound(int64_t r, const C* x, int64_t code) const {
+    const Center<C>& center = panels.center;
+    Vec<C> products = {}, squares = {};
+    for (int64_t k = 0; k < panels.dim; k += size) {
+      const int64_t left = panels.dim - k;
+      const Vec<C> mean = load_first(center.mean.data + k, left);
+      const Vec<C> c = load_first(groups.codebook + code * panels.dim + k, left) - mean;
+      products += (load_first(x + k, left) - (moves ? mean : Vec<C>{})) * c;
+      squares += c * c;
+    }
+    const C half = panels.metric == Metric::euclidean ? C(0.5) : C(0);
+    return sum_lanes<C>(products) - half * sum_lanes<C>(squares) - panels.bounds.fine(bounds[r], code / group_codes);
   }
 };

@@ -205,7 +205,8 @@ void test_hard(const char* name, const Maker& make) {
   Random random(5);
   for (DType dtype : all_dtypes) {
     for (Metric metric : metrics) {
-      for (Shape shape : {Shape{30, 300, 3}, Shape{50, 150, 64}, Shape{20, 129, 33}, Shape{8, 2100, 40}}) {
+      for (Shape shape :
+           {Shape{30, 300, 3}, Shape{50, 150, 64}, Shape{20, 129, 33}, Shape{8, 2100, 40}, Shape{12, 1050, 130}}) {
         Numbers x = normals(random, shape.rows * shape.dim), codebook = normals(random, shape.codes * shape.dim);
         make(random, shape, x, codebook);
         for (int64_t best : {1, 5}) {

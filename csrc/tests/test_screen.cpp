@@ -53,7 +53,9 @@ double check_bounds(const BlockSearch<C>& block, const C* x, const C* codebook, 
     for (int64_t group = 0; group * group_codes < codes; ++group) {
       long double exact = -__builtin_inf();
       for (int64_t i = group * group_codes; i < codes && i < (group + 1) * group_codes; ++i) {
-        exact = std::max(exact, exact_score(panels, x + r * panels.dim, codebook + i * panels.dim));
+        const long double score = exact_score(panels, x + r * panels.dim, codebook + i * panels.dim);
+        exact = std::max(exact, score);
+        CHECK(panels.metric == Metric::cosine || !(block.lower_bound(r, x + r * panels.dim, i) > score));
       }
       const double bound = panels.bounds.upper(block.bounds[r], group);
       const double score = block.maximum(r, group / lanes<C>)[group % lanes<C>];

@@ -80,6 +80,8 @@ def scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
         (48_000, 64, 20, "euclidean"),
         (46_000, 64, 17, "cosine"),
         (1_000, 2100, 40, "euclidean"),  # large enough for the coarsest screen
+        (1_000, 1100, 130, "cosine"),
+        (1_000, 1100, 130, "euclidean"),  # long enough to rescore the best survivor first
     ],
 )
 def test_the_index_is_that_of_float64(kind, rows, codes, dim, metric):
