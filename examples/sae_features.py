@@ -11,7 +11,7 @@ Then a page shows the features of the first in the text they stand for.
 
     python examples/sae_features.py --output sae_features
 
-About four minutes on two cores. Needs safetensors: pip install isthmus[data].
+About three minutes on two cores. Needs safetensors: pip install isthmus[data].
 """
 
 import argparse
