@@ -45,6 +45,8 @@ def nearest_few(x: Tensor, codebook: Tensor, count: int) -> Tensor:
         {"N": 16384, "K": 1024, "D": 256},
         {"N": 16384, "K": 8192, "D": 256},
         {"N": 65536, "K": 512, "D": 8},
+        {"N": 1, "K": 8192, "D": 64},
+        {"N": 1, "K": 8192, "D": 256},
     ),
 )
 def bench_vq_assign(contest, shape):
