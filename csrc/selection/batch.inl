@@ -14,27 +14,17 @@ struct Limit {
   }
 };
 
-template <class Test>
-inline int64_t count_where(const List<double>* lists, int64_t num_lists, const Test& test) {
-  Buffer<int64_t> counts(num_lists);
-  parallel_for(num_lists, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      int64_t total = 0;
-      for (int64_t i = 0; i < lists[l].count; ++i) total += test(lists[l].values[i], lists[l].positions[i]);
-      counts.data[l] = total;
-    }
-  });
-  int64_t total = 0;
-  for (int64_t l = 0; l < num_lists; ++l) total += counts.data[l];
-  return total;
-}
-
-// The least number for which test holds, if it holds for all that are greater; `high` if for none.
-template <class Test>
-inline int64_t bisect(int64_t low, int64_t high, const Test& test) {
+// The position of the last of so many entries of this score, in the order of positions.
+inline int64_t find_last_tie(const List<double>* lists, int64_t num_lists, double score, int64_t wanted) {
+  int64_t low = 0, high = INT64_MAX;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (test(middle)) {
+    int64_t found = 0;
+    for (int64_t l = 0; l < num_lists; ++l) {
+      const List<double>& list = lists[l];
+      for (int64_t i = 0; i < list.count; ++i) found += (list.values[i] == score) & (list.positions[i] <= middle);
+    }
+    if (found >= wanted) {
       high = middle;
     } else {
       low = middle + 1;
@@ -44,27 +34,38 @@ inline int64_t bisect(int64_t low, int64_t high, const Test& test) {
 }
 
 // A limit that keeps at least `wanted` entries of the lists, which hold more, and at most `most`; of the lowest
-// positions where scores are equal.
+// positions where scores are equal. Bisection over all numbers, in which ever fewer scores take part.
 inline Limit find_limit(const List<double>* lists, int64_t num_lists, int64_t wanted, int64_t most) {
-  const auto count = [&](const auto& test) { return count_where(lists, num_lists, test); };
-  int64_t low = to_ordered(-__builtin_inf()), high = to_ordered(__builtin_inf());
+  int64_t count = 0;
+  for (int64_t l = 0; l < num_lists; ++l) count += lists[l].count;
+  const Buffer<double> scores(count);
+  count = 0;
+  for (int64_t l = 0; l < num_lists; count += lists[l++].count) {
+    for (int64_t i = 0; i < lists[l].count; ++i) scores.data[count + i] = lists[l].values[i];
+  }
+  int64_t low = to_ordered(-__builtin_inf()), high = to_ordered(__builtin_inf()), above = 0;
   while (low < high) {
     const int64_t middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
     const double score = from_ordered<double>(middle);
-    const int64_t found = count([=](double s, int64_t) { return s >= score; });
-    if (found >= wanted && found <= most) return {score, INT64_MAX};
-    if (found >= wanted) {
+    int64_t reached = 0, kept = 0;
+    for (int64_t i = 0; i < count; ++i) reached += scores.data[i] >= score;
+    const bool is_low = above + reached >= wanted;
+    if (is_low && above + reached <= most) return {score, INT64_MAX};
+    for (int64_t i = 0; i < count; ++i) {
+      const double candidate = scores.data[i];
+      scores.data[kept] = candidate;
+      kept += (candidate >= score) == is_low;
+    }
+    count = kept;
+    if (is_low) {
       low = middle;
     } else {
       high = middle - 1;
+      above += reached;
     }
   }
   const double score = from_ordered<double>(low);
-  const int64_t ties = wanted - count([=](double s, int64_t) { return s > score; });
-  const int64_t last = bisect(0, INT64_MAX, [&](int64_t position) {
-    return count([=](double s, int64_t p) { return (s == score) & (p <= position); }) >= ties;
-  });
-  return {score, last};
+  return {score, find_last_tie(lists, num_lists, score, wanted - above)};
 }
 
 // A number of the compute type that is less than `value`, and hardly so. It is finite above: an infinite bound, behind

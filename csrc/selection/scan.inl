@@ -32,7 +32,7 @@ struct Scores {
 // too; of each part a slice is in a chunk. An item of work is a block of rows and a part.
 struct ScanPlan {
   static constexpr int64_t wanted_items = 16, least_part = 1024, most_block_rows = 96;
-  static constexpr int64_t batch_bytes = 32 * 1024 * 1024, chunk_bytes = 2 * 1024 * 1024;
+  static constexpr int64_t batch_bytes = 32 * 1024 * 1024, chunk_bytes = 8 * 1024 * 1024;
 
   int64_t block_rows, blocks, batch_blocks;  // a batch: blocks that share the panels of a chunk
   int64_t parts, part, slice;                // the latter two in features
