@@ -302,7 +302,6 @@ def test_bad_arguments_are_named(model):
 @measures_memory
 def test_evaluation_takes_the_memory_of_one_chunk():
     """A chunk of 64 samples is 4 MB; 4096 samples at once would be 268 MB."""
-
     mean, logvar = torch.zeros(256, 64), torch.zeros(256, 64)
 
     def log_likelihood(z: torch.Tensor) -> torch.Tensor:
@@ -311,4 +310,4 @@ def test_evaluation_takes_the_memory_of_one_chunk():
     def evaluate(num_samples: int) -> None:
         objectives.importance_weighted_log_likelihood(log_likelihood, mean, logvar, num_samples=num_samples)
 
-    assert extra_memory(lambda: evaluate(4096), lambda: evaluate(64)) < 16e6
+    assert extra_memory(lambda: evaluate(4096), lambda: evaluate(64)) < 32e6
