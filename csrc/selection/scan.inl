@@ -198,27 +198,16 @@ void scan_few(const Scores<T>& scores, const ScanPlan& plan, const BrokenRows& b
   });
 }
 
-// What coarse words leave out of some vectors from all over a matrix, on average, in parts of their length.
-template <class Words, class T>
-double average_loss(const T* vectors, int64_t count, int64_t cols) {
-  constexpr int64_t sample = 32;
-  const Buffer<float> words(cols + lanes<float>);
-  double lost = 0;
-  for (int64_t i = 0; i < sample; ++i) {
-    const Extent extent = Words::template write<false>(vectors + count * i / sample * cols, cols, words.data);
-    if (!extent.is_wild() && extent.length > 0) lost += extent.loss / extent.length;
-  }
-  return lost / sample;
-}
-
 // Coarse words make the product faster and let more scores pass. Scores are about as large as |x| |w| / √D: a bound
 // that is wider by half of that lets a few times as many pass.
 template <class Words, class T>
 bool suits(const Scores<T>& scores) {
   constexpr double most_lost = 0.5;
   if (scores.cols < Words::least_cols || scores.cols > Words::most_cols) return false;
-  const double lost = average_loss<Words>(scores.x, scores.rows, scores.cols) +
-                      average_loss<Words>(scores.weight, scores.features, scores.cols);
+  const auto row = [&](int64_t i) { return scores.x + i * scores.cols; };
+  const auto weight = [&](int64_t i) { return scores.weight + i * scores.cols; };
+  const double lost = average_loss<Words, true>(row, scores.rows, scores.cols) +
+                      average_loss<Words, false>(weight, scores.features, scores.cols);
   return lost * __builtin_sqrt(static_cast<double>(scores.cols)) < most_lost;
 }
 

@@ -354,19 +354,6 @@ void encode_many(const Features<T>& features) {
   }
 }
 
-// What coarse words leave out of some vectors from all over a matrix, on average, in parts of their length.
-template <class Words, bool Row, class Vector>
-double average_loss(const Vector& vector, int64_t count, int64_t cols) {
-  constexpr int64_t sample = 16;
-  const Buffer<float> words(divide_up(cols, lanes<float>) * lanes<float>);
-  double sum = 0;
-  for (int64_t i = 0; i < sample; ++i) {
-    const Extent extent = Words::template write<Row>(vector(i * count / sample), cols, words.data);
-    if (!extent.is_wild() && extent.length > 0) sum += extent.loss / extent.length;
-  }
-  return sum / sample;
-}
-
 // Coarse words make the product faster and let more features pass. Scores are about as large as |x| |w| / √D; of
 // normally distributed ones, exp(loss · √(2 log(F / k))) times as many pass if the bound is wider by `loss`.
 template <class Words, class T>

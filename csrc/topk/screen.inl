@@ -118,3 +118,16 @@ struct Screen {
     });
   }
 };
+
+// What coarse words leave out of some vectors from all over a matrix, on average, in parts of their length.
+template <class Words, bool Row, class Vector>
+double average_loss(const Vector& vector, int64_t count, int64_t cols) {
+  constexpr int64_t sample = 16;
+  const Buffer<float> words(divide_up(cols, lanes<float>) * lanes<float>);
+  double sum = 0;
+  for (int64_t i = 0; i < sample; ++i) {
+    const Extent extent = Words::template write<Row>(vector(i * count / sample), cols, words.data);
+    if (!extent.is_wild() && extent.length > 0) sum += extent.loss / extent.length;
+  }
+  return sum / sample;
+}
