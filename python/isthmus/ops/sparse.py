@@ -1,5 +1,7 @@
 """Sparse codes: decode without a dense code, and the order by latent that all weight gradients share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -163,7 +165,8 @@ def encode_gradients(
         needs: which gradients are wanted; the others are None. Twice differentiable.
     """
     grads = _sparse_encode_backward(grad, x, weight, indices, offsets, *_parts(order), *needs)
-    return _wanted(grads, needs)
+    to_x, to_weight, to_bias = _wanted(grads, needs)
+    return to_x, to_weight, to_bias
 
 
 def _as_code(
@@ -181,12 +184,12 @@ def _parts(order: LatentOrder | None) -> tuple[Tensor | None, Tensor | None, Ten
     return (None, None, None) if order is None else (order.entries, order.rows, order.starts)
 
 
-def _order_of(*parts: Tensor | None) -> LatentOrder | None:
-    return None if parts[0] is None else LatentOrder(*parts)
+def _order_of(entries: Tensor | None, rows: Tensor | None, starts: Tensor | None) -> LatentOrder | None:
+    return None if entries is None or rows is None or starts is None else LatentOrder(entries, rows, starts)
 
 
-def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+def _wanted(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [g if needed else None for g, needed in zip(grads, needs, strict=True)]
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
