@@ -1,4 +1,4 @@
-"""Ragged sparse codes: all above a threshold (Rajamanoharan et al. 2024), the best of a batch (Bussmann et al. 2024)."""
+"""Ragged codes: all above a threshold (Rajamanoharan et al. 2024), the best of a batch (Bussmann et al. 2024)."""
 
 import torch
 from torch import Tensor
