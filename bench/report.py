@@ -51,8 +51,8 @@ Written by `python bench/report.py` from `bench/results/`; `make bench` measures
 - `torch.compile` runs with `fullgraph=True, dynamic=False`; compilation is not timed. Outputs are
   allocated inside the timed call, as in use. All implementations have the same number of threads.
 - Fresh memory costs page faults. isthmus asks for huge pages for gradients of 32 MB and more; torch
-  does for all its tensors if `THP_MEM_ALLOC_ENABLE=1` is set, which it was not. With it the
-  gradients of `embedding_bag` take two thirds of the time, and a lead of 3× over them becomes 2×.
+  does for all its tensors if `THP_MEM_ALLOC_ENABLE=1` is set, which it was not. Part of the lead
+  over the gradients of large dictionaries is this.
 """
 
 
