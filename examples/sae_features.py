@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.cli.train.evaluate import Evaluation, evaluate
-from isthmus.cli.train.page import write_page
+from isthmus.cli.train.features import write_page
 from isthmus.data import ActivationLoader, ActivationShards, ActivationWriter, harvest
 from isthmus.nn import ReLUSAE, TopKSAE
 from isthmus.optim import RowAdam

@@ -22,7 +22,7 @@ from isthmus.cli import app
 from isthmus.cli.train.charts import Series, histogram, line_chart, number
 from isthmus.cli.train.checkpoint import load_sae
 from isthmus.cli.train.evaluate import Entries, Strongest, activations_around, evaluate
-from isthmus.cli.train.page import write_page
+from isthmus.cli.train.features import write_page
 from isthmus.cli.train.settings import KINDS, Settings
 from isthmus.cli.train.trainer import Trainer
 from isthmus.data import ActivationShards, ActivationWriter

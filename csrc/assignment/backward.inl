@@ -42,7 +42,7 @@ struct CodeGradients {
   void add(int64_t chunk, const Strip& strip, const Columns<C>& rows, int64_t row_panel, const C* weights) const {
     alignas(64) C by_row[width * width];
     for (int64_t k = 0; k < strip.count; k += width) {
-      pack_rows<width>(weights + k * width, width, least(strip.count - k, width), width, by_row);
+      pack_rows<width>(weights + k * width, width, smaller(strip.count - k, width), width, by_row);
       rows.add({row_panel * width, width}, by_row, of(chunk, strip.first + k));
     }
   }
@@ -58,7 +58,7 @@ struct CodeGradients {
           for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(of(chunk, p * width) + i);
           store(sums.data + i, sum);
         }
-        for_each_column<C>(sums.data, dim, least(codes - p * width, width),
+        for_each_column<C>(sums.data, dim, smaller(codes - p * width, width),
                            [&](int64_t j, int64_t d, Vec<C> of_code) { visit(p * width + j, d, of_code); });
       }
     });

@@ -18,9 +18,6 @@ namespace {
 // probabilities for one panel stay in L1.
 constexpr int64_t strip_codes = 192;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Row lengths in memory: whole vectors.
 template <class C>
 inline int64_t stride_of(int64_t dim) {
@@ -135,7 +132,7 @@ struct Codes {
   }
 
   void fill_tile(const T* codebook, int64_t first, C curvature) const {
-    const int64_t present = least(count - first, tile_rows);
+    const int64_t present = smaller(count - first, tile_rows);
     for (int64_t k = first; k < first + tile_rows; ++k) {
       offsets.data[k] = 0;
       if (k >= count) continue;
@@ -187,7 +184,7 @@ struct Columns {
 
   void pack(const C* rows, int64_t stride) const {
     for (int64_t d = 0; d < dim; d += tile_rows) {
-      pack_columns<tile_rows>(rows + d, stride, least(dim - d, tile_rows), count, tiles.data + d * count);
+      pack_columns<tile_rows>(rows + d, stride, smaller(dim - d, tile_rows), count, tiles.data + d * count);
     }
   }
 
@@ -224,7 +221,7 @@ inline void for_each_column(const C* matrix, int64_t dim, int64_t count, Visit&&
   constexpr int64_t width = panel_width<C>;
   alignas(64) C square[width * lanes<C>];
   for (int64_t d = 0; d < dim; d += lanes<C>) {
-    pack_rows<lanes<C>>(matrix + d * width, width, least(dim - d, lanes<C>), width, square);
+    pack_rows<lanes<C>>(matrix + d * width, width, smaller(dim - d, lanes<C>), width, square);
     for (int64_t j = 0; j < count; ++j) visit(j, d, load(square + j * lanes<C>));
   }
 }
@@ -285,7 +282,7 @@ struct RowBlock {
         norms(max_rows) {}
 
   int64_t panels() const { return divide_up(count, width); }
-  int64_t rows_in(int64_t panel) const { return least(count - panel * width, width); }
+  int64_t rows_in(int64_t panel) const { return smaller(count - panel * width, width); }
   int64_t row_of(int64_t panel) const { return first + panel * width; }
 
   void load_rows(int64_t first_, int64_t count_) {
@@ -308,7 +305,7 @@ template <class T, class Meet>
 inline void for_each_strip(const RowBlock<T>& block, Compute<T>* logits, Meet&& meet) {
   const Codes<T>& codes = block.codes;
   for (int64_t first = 0; first < codes.count; first += strip_codes) {
-    const Strip strip{first, least(codes.count - first, strip_codes)};
+    const Strip strip{first, smaller(codes.count - first, strip_codes)};
     for (int64_t p = 0; p < block.panels(); ++p) {
       codes.logits(strip, block.points.panel(p), logits);
       meet(p, strip);
@@ -361,13 +358,13 @@ struct RowChunks {
   // Rows that have nothing to do with each other.
   static RowChunks apart(int64_t rows) {
     constexpr int64_t most_threads = 256;
-    return RowChunks(rows, least(rows / panel_width<C> + 1, most_threads));
+    return RowChunks(rows, smaller(rows / panel_width<C> + 1, most_threads));
   }
   // Sums over rows are added chunk by chunk: as many as keep partial sums within a fixed multiple of the inputs.
   static RowChunks summed(int64_t rows, int64_t codes) {
     constexpr int64_t fewest = 4, most = 64;
     const int64_t share = divide_up(rows, codes);
-    return RowChunks(rows, share < fewest ? fewest : least(share, most));
+    return RowChunks(rows, share < fewest ? fewest : smaller(share, most));
   }
 };
 
@@ -380,9 +377,9 @@ inline void for_each_block(const Codes<T>& codes, const Assignment& args, const 
     RowBlock<T> block(codes, args, indices);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       begin_chunk(chunk);
-      const int64_t last = least((chunk + 1) * chunks.rows_per_chunk, chunks.rows);
+      const int64_t last = smaller((chunk + 1) * chunks.rows_per_chunk, chunks.rows);
       for (int64_t row = chunk * chunks.rows_per_chunk; row < last; row += block.max_rows) {
-        block.load_rows(head * args.rows + row, least(last - row, block.max_rows));
+        block.load_rows(head * args.rows + row, smaller(last - row, block.max_rows));
         body(block, chunk);
       }
     }

@@ -21,6 +21,7 @@
 #include "core/buffer.h"
 #include "core/parallel.h"
 #include "core/product.h"
+#include "core/tiles.h"
 
 namespace isthmus {
 namespace {
@@ -38,9 +39,6 @@ constexpr int64_t row_block = 4032;   // bounds the packed left operand; a multi
 struct Block {
   int64_t row, rows, col, cols;
 };
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls f(col, cols, panel) for the panels of a strip.
 template <class C, class F>

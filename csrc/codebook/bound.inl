@@ -6,17 +6,12 @@
 // γ is the rounding of the sum, floor and absolute are the parts that depend on the code or on the row alone. For a
 // group |c|, |δc| and floor are the largest of its codes: one long code spoils its own group and no other.
 
-template <class C>
-constexpr double rounding_unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
 // Twice the number where underflow begins: what flushing one term to zero may cost.
 template <class C>
 constexpr double flushed = sizeof(C) == 4 ? 0x1p-125 : 0x1p-1021;
 // Squares of tiny numbers vanish; the length of what vanished is less than this.
 template <class C>
 constexpr double least_length = sizeof(C) == 4 ? 0x1p-60 : 0x1p-500;
-// No product of two vectors with smaller squares overflows. Longer ones are *wild*: never screened, always rescored.
-template <class C>
-constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
 
 // How often a sum of `dim` products and an offset is rounded, at most, and then some.
 inline double roundings(int64_t dim) { return 2 * (static_cast<double>(dim) + 16); }

@@ -7,6 +7,7 @@
 #include "core/amx_tiles.h"
 #include "core/dispatch.h"
 #include "core/product.h"
+#include "core/rounding.h"
 #include "core/sort.h"
 #include "core/tiles.h"
 

@@ -50,8 +50,8 @@ struct IsaTables {
 }  // namespace isthmus
 
 // In kernels.h: ISTHMUS_DECLARE_KERNELS declares <family>_kernels(), the table of the level in use;
-// ISTHMUS_DECLARE_MATRIX_KERNELS does for a family with code for avx512_bf16 and amx. csrc/<family>/cpu_<level>.cpp
-// defines the tables by compiling cpu.inl with ISTHMUS_LEVEL set.
+// ISTHMUS_DECLARE_BF16_KERNELS does for a family with code for avx512_bf16, ISTHMUS_DECLARE_MATRIX_KERNELS for one with
+// code for amx as well. csrc/<family>/cpu_<level>.cpp defines the tables by compiling cpu.inl with ISTHMUS_LEVEL set.
 #define ISTHMUS_DECLARE_TABLE(Kernels, family, level) \
   namespace level {                                   \
   extern const Kernels family##_table;                \
@@ -69,10 +69,12 @@ struct IsaTables {
         .current();                                                                                   \
   }
 #define ISTHMUS_DECLARE_KERNELS(Kernels, family) ISTHMUS_DECLARE_LEVELS(Kernels, family, avx512, avx512)
+#define ISTHMUS_DECLARE_BF16_KERNELS(Kernels, family) ISTHMUS_DECLARE_LEVELS(Kernels, family, avx512_bf16, avx512_bf16)
 #define ISTHMUS_DECLARE_MATRIX_KERNELS(Kernels, family) ISTHMUS_DECLARE_LEVELS(Kernels, family, avx512_bf16, amx)
 #else
 #define ISTHMUS_DECLARE_KERNELS(Kernels, family)   \
   ISTHMUS_DECLARE_TABLE(Kernels, family, baseline) \
   inline const Kernels& family##_kernels() { return baseline::family##_table; }
+#define ISTHMUS_DECLARE_BF16_KERNELS ISTHMUS_DECLARE_KERNELS
 #define ISTHMUS_DECLARE_MATRIX_KERNELS ISTHMUS_DECLARE_KERNELS
 #endif

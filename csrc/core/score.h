@@ -33,6 +33,7 @@ ISTHMUS_INLINE void load_doubles(const float* p, f64v (&v)[score_parts]) {
   v[1] = (f64v)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
 }
 #endif
+ISTHMUS_INLINE void load_doubles(const double* p, f64v (&v)[score_parts]) { std::memcpy(v, p, sizeof v); }
 template <class T>
 ISTHMUS_INLINE void load_doubles(const T* p, f64v (&v)[score_parts]) {
   load_doubles(p, score_sums, v);
@@ -52,20 +53,27 @@ ISTHMUS_INLINE void add_products(const f64v (&x)[score_parts], const f64v (&w)[s
   }
 }
 
-ISTHMUS_INLINE double fold(const f64v (&sums)[score_parts]) {
-  double folded[score_sums];
-  std::memcpy(folded, sums, sizeof sums);
-  for (int half = score_sums / 2; half > 0; half /= 2) {
+ISTHMUS_INLINE double fold(f64v (&sums)[score_parts]) {
+#pragma GCC unroll 8
+  for (int half = score_parts / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  double folded[lanes<double>];
+  std::memcpy(folded, sums, sizeof folded);
+#pragma GCC unroll 8
+  for (int half = lanes<double> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
   }
   return folded[0];
 }
 
-// scores[i] = x · weights[i]: as many at a time as registers hold share the work on x.
+// scores[i] = x · weights[i]: as many at a time as registers hold share the work on x, which may be in float64 already.
 constexpr int scores_at_once = lanes<double> >= 4 ? lanes<double> / 2 : 1;
 
-template <int Count, class T>
-ISTHMUS_INLINE void exact_products(const T* x, const T* const (&weights)[Count], int64_t cols,
+template <int Count, class X, class T>
+ISTHMUS_INLINE void exact_products(const X* x, const T* const (&weights)[Count], int64_t cols,
                                    double (&scores)[Count]) {
   f64v sums[Count][score_parts], a[score_parts], b[score_parts];
 #pragma GCC unroll 4
@@ -97,7 +105,7 @@ ISTHMUS_INLINE void exact_products(const T* x, const T* const (&weights)[Count],
 template <class T>
 inline double exact_score(const T* x, const T* weight, int64_t cols, double bias) {
   double score[1];
-  exact_products<1, T>(x, {weight}, cols, score);
+  exact_products<1, T, T>(x, {weight}, cols, score);
   return score[0] + bias;
 }
 

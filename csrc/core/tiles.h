@@ -8,6 +8,10 @@
 namespace isthmus {
 namespace {
 
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int64_t tile_elements = 512;        // a dozen buffers of this many elements stay in L1
 constexpr int64_t chunk_columns = 16 * 1024;  // wider rows are shared between threads
 constexpr int64_t grain_elements = 8 * 1024;  // below this much work a second thread costs more than it brings

@@ -12,6 +12,7 @@
 #include "codebook/kernels.h"
 #include "core/dispatch.h"
 #include "core/product.h"
+#include "core/rounding.h"
 #include "core/sort.h"
 #include "core/tiles.h"
 #include "residual/kernels.h"

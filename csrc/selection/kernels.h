@@ -58,7 +58,7 @@ struct SelectionKernels {
   void (*batch_topk_encode)(const BatchTopkEncode&);
 };
 
-ISTHMUS_DECLARE_MATRIX_KERNELS(SelectionKernels, selection)
+ISTHMUS_DECLARE_BF16_KERNELS(SelectionKernels, selection)
 
 // CUDA: the same arguments with device pointers, on `stream` (a cudaStream_t) of the current device. Only
 // threshold_encode waits for the device, once.

@@ -13,10 +13,6 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Where the entries of a row begin: those of the row before end here.
 inline int64_t first_entry(const CodeLayout& code, int64_t row) {
   return code.offsets != nullptr ? code.offsets[row] : row * code.k;

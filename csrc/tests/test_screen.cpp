@@ -15,6 +15,7 @@
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "core/product.h"
+#include "core/rounding.h"
 #include "core/tiles.h"
 
 namespace isthmus::ISTHMUS_LEVEL {

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "core/buffer.h"
 #include "core/product.h"
+#include "core/rounding.h"
 #include "core/score.h"
 #include "topk/kernels.h"
 #include "topk/select.h"

@@ -21,16 +21,14 @@
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "core/product.h"
+#include "core/rounding.h"
 #include "core/score.h"
+#include "core/tiles.h"
 #include "topk/kernels.h"
 #include "topk/select.h"
 
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #include "topk/features.inl"
 #include "topk/screen.inl"

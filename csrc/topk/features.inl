@@ -47,51 +47,14 @@ struct ExactRow {
     }
   }
 
-  ISTHMUS_INLINE static double fold(f64v (&sums)[score_parts]) {
-#pragma GCC unroll 8
-    for (int half = score_parts / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    double folded[lanes<double>];
-    std::memcpy(folded, sums, sizeof folded);
-#pragma GCC unroll 8
-    for (int half = lanes<double> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
-    }
-    return folded[0];
-  }
-
   // scores[i] = the score of the feature at positions[i].
   template <int Count>
   ISTHMUS_NOINLINE void score(const int32_t* positions, double* scores) const {
-    const T* weight[Count];
-    f64v sums[Count][score_parts], a[score_parts], b[score_parts];
-#pragma GCC unroll 4
-    for (int i = 0; i < Count; ++i) {
-      weight[i] = features.weight(positions[i]);
-#pragma GCC unroll 8
-      for (int p = 0; p < score_parts; ++p) sums[i][p] = f64v{};
-    }
-    int64_t k = 0;
-    for (; k + score_sums <= cols; k += score_sums) {
-      std::memcpy(a, x.data + k, sizeof a);
-#pragma GCC unroll 4
-      for (int i = 0; i < Count; ++i) {
-        load_doubles(weight[i] + k, b);
-        add_products<T>(a, b, sums[i]);
-      }
-    }
-    if (k < cols) std::memcpy(a, x.data + k, sizeof a);
-#pragma GCC unroll 4
-    for (int i = 0; i < Count; ++i) {
-      if (k < cols) {
-        load_doubles(weight[i] + k, cols - k, b);
-        add_products<T>(a, b, sums[i]);
-      }
-      scores[i] = fold(sums[i]) + features.bias(positions[i]);
-    }
+    const T* weights[Count];
+    for (int i = 0; i < Count; ++i) weights[i] = features.weight(positions[i]);
+    double products[Count];
+    exact_products<Count, double, T>(x.data, weights, cols, products);
+    for (int i = 0; i < Count; ++i) scores[i] = products[i] + features.bias(positions[i]);
   }
 
   void score(const int32_t* positions, int64_t count, double* scores) const {

@@ -34,7 +34,7 @@ struct TopkKernels {
   void (*encode)(const TopkEncode&);
 };
 
-ISTHMUS_DECLARE_MATRIX_KERNELS(TopkKernels, topk)
+ISTHMUS_DECLARE_BF16_KERNELS(TopkKernels, topk)
 
 // CUDA: the same arguments with device pointers. Launches on `stream` (a cudaStream_t) of the current device and
 // returns without waiting.

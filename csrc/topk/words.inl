@@ -8,11 +8,6 @@ constexpr double outward = 1 + 0x1p-20;
 // Shorter vectors count as this long: then no product of lengths and roundings vanishes, nor does what underflows.
 template <class C>
 constexpr double least_length = sizeof(C) == 4 ? 0x1p-49 : 0x1p-450;
-// No product of two vectors with smaller squares overflows. Longer ones are *wild*: always scored exactly.
-template <class C>
-constexpr double tame_square = sizeof(C) == 4 ? 0x1p120 : 0x1p1000;
-template <class C>
-constexpr double rounding_unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
 
 // Of a vector v and its words v~.
 struct Extent {

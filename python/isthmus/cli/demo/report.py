@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything inside, for light and dark screens."""
+"""The report, one HTML file."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,12 +9,9 @@ from isthmus.cli.demo.digits import Digits
 from isthmus.cli.demo.sections import Picture, Section, sections
 from isthmus.cli.demo.table import HEADINGS, lines, notes
 from isthmus.cli.demo.train import ISTHMUS, PLAIN, Outcome
+from isthmus.cli.page import BANNER, write_page
 
 STYLE = Path(__file__).with_name("report.css")
-
-# Two shores and the strip between them: an isthmus, and the outline of an autoencoder.
-_BANNER = """<svg class="banner" viewBox="0 0 960 90" preserveAspectRatio="none" aria-hidden="true">
-<path d="M0 0C250 0 330 40 480 40S710 0 960 0V90C710 90 630 50 480 50S250 90 0 90Z"/></svg>"""
 
 
 def write(path: Path, outcomes: Sequence[Outcome], digits: Digits, machine: dict[str, str]) -> None:
@@ -32,30 +29,11 @@ def write(path: Path, outcomes: Sequence[Outcome], digits: Digits, machine: dict
         *(_section(section) for section in sections(outcomes, digits)),
         _footer(machine),
     ]
-    path.write_text(_PAGE.format(style=STYLE.read_text(), body="\n".join(body)), encoding="utf-8")
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Isthmus demo</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    write_page(path, "Isthmus demo", STYLE, body)
 
 
 def _header(count: int) -> str:
-    return f"""<header>{_BANNER}<h1>Isthmus demo</h1>
+    return f"""<header>{BANNER}<h1>Isthmus demo</h1>
 <p>Four models with a narrow place in the middle, trained on {count} handwritten digits: once with
 the bottleneck on <b class="isthmus">{ISTHMUS}</b> ops, once in plain <b class="plain">{PLAIN}</b>.
 Same data, same first weights, same meaning; what differs is time and memory.</p></header>"""

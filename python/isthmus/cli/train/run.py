@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from isthmus.cli.info import facts
 from isthmus.cli.train.charts import number
 from isthmus.cli.train.checkpoint import load_checkpoint, save_checkpoint, save_sae
-from isthmus.cli.train.page import write_page
+from isthmus.cli.train.features import write_page
 from isthmus.cli.train.settings import Settings
 from isthmus.cli.train.trainer import Trainer
 

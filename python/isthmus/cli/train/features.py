@@ -1,4 +1,4 @@
-"""The feature page: one HTML file with everything inside, for light and dark screens."""
+"""The feature page, one HTML file."""
 
 from __future__ import annotations
 
@@ -11,37 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.cli import page
 from isthmus.cli.train.charts import Series, histogram, line_chart, number
 from isthmus.cli.train.evaluate import Evaluation, activations_around, evaluate
 from isthmus.data import ActivationShards
 
-STYLE = Path(__file__).with_name("page.css")
+STYLE = Path(__file__).with_name("features.css")
 EXAMPLES = 6
 # A context: so many rows to either side, of which so many letters are shown.
 RADIUS = 24
 LETTERS = 24
-
-# Two shores and the strip between them: an isthmus, and the outline of an autoencoder.
-_BANNER = """<svg class="banner" viewBox="0 0 960 90" preserveAspectRatio="none" aria-hidden="true">
-<path d="M0 0C250 0 330 40 480 40S710 0 960 0V90C710 90 630 50 480 50S250 90 0 90Z"/></svg>"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def write_page(
@@ -85,10 +64,7 @@ def write_page(
         _features(shown, found, sae, shards, scale),
         _footer(facts or {}),
     ]
-    text = _PAGE.format(
-        title=escape(title), style=STYLE.read_text(encoding="utf-8"), body="\n".join(filter(None, body))
-    )
-    Path(path).write_text(text, encoding="utf-8")
+    page.write_page(path, title, STYLE, body)
     return found
 
 
@@ -102,7 +78,7 @@ def _spread(density: Tensor, count: int) -> list[int]:
 def _header(title: str, sae: Any, shards: ActivationShards) -> str:
     layer = shards.metadata.get("layer")
     source = f" of the {escape(str(shards.metadata.get('side', 'output')))} of <b>{escape(layer)}</b>" if layer else ""
-    return f"""<header>{_BANNER}<h1>{escape(title)}</h1>
+    return f"""<header>{page.BANNER}<h1>{escape(title)}</h1>
 <p>A dictionary of {number(sae.num_features)} features ({escape(type(sae).__name__)}) that explains
 activations{source} with {number(shards.dim)} dimensions.</p></header>"""
 

@@ -1,3 +1,0 @@
-// The topk kernels for AMX, whose tiles they have no use for; flags in cmake/Isa.cmake.
-#define ISTHMUS_LEVEL amx
-#include "topk/cpu.inl"
