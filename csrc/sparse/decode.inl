@@ -3,12 +3,10 @@
 namespace isthmus::ISTHMUS_LEVEL {
 namespace {
 
-// Columns held in registers while the rows pass: 16 accumulators of 32 registers, or 8 of 16.
-#if defined(__AVX512F__)
-constexpr int block_vectors = 16;
-#else
-constexpr int block_vectors = 8;
-#endif
+// Columns held in registers while the rows pass. Of a weight they are 512 bytes: of a dictionary of 24576 latents then
+// 12 MB, which the third-level cache keeps while all rows read them.
+template <class T>
+constexpr int block_vectors = smaller(512 / (lanes<Compute<T>> * int64_t(sizeof(T))), vector_bytes == 64 ? 16 : 8);
 
 // What makes the rows of a result: Σ_e values[e] · weight[indices[e]], plus bias unless null. With a target, unless
 // null, each row comes with its squared distance from it.
@@ -64,7 +62,7 @@ struct Decoder {
           }
         }
       };
-      pass.template operator()<block_vectors>();
+      pass.template operator()<block_vectors<T>>();
       pass.template operator()<4>();
       pass.template operator()<1>();
     });
