@@ -116,8 +116,8 @@ void define_schemas(StableLibrary& m) {
   m.def("topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, str activation, int groups, Tensor? among, bool return_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // selection
-  m.def("threshold_encode(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor, Tensor)");
-  m.def("batch_topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt entries, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("threshold_encode(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, bool return_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("batch_topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt entries, str activation, bool return_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // sparse
   m.def("latent_order(Tensor indices, SymInt num_features, Tensor? values, Tensor? offsets) -> (Tensor, Tensor, Tensor)");

@@ -2,6 +2,7 @@
 
 #include "op.h"
 #include "selection/kernels.h"
+#include "sparse/code.h"
 
 namespace isthmus {
 namespace {
@@ -30,6 +31,14 @@ struct Encoder {
   int64_t features() const { return weight.size(0); }
 };
 
+// The entries of a ragged code sorted by latent, or empty tensors.
+Order order_if(bool wanted, const Tensor& indices, const Tensor& offsets, int64_t features,
+               const OptionalTensor& values) {
+  const auto none = [&] { return empty({0}, ScalarType::Long, indices); };
+  if (!wanted) return {none(), none(), none()};
+  return sort_latents(SparseCode(indices, offsets, features), features, values);
+}
+
 // ---- threshold_encode ----------------------------------------------------------------------------------------------
 
 // What a kernel finds, as tensors.
@@ -45,8 +54,10 @@ struct Found {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> threshold_encode(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const Tensor& threshold) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> threshold_encode(const Tensor& x, const Tensor& weight,
+                                                                            const OptionalTensor& bias,
+                                                                            const Tensor& threshold,
+                                                                            bool return_order) {
   const Encoder encoder(x, weight, bias);
   const int64_t features = encoder.features();
   check_device(threshold, "threshold", x, "x");
@@ -74,7 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> threshold_encode(const Tensor& x, const Tenso
                        .workspace = nullptr};
   const Tensor workspace = ISTHMUS_ALLOCATE(x, selection, args);
   ISTHMUS_LAUNCH(x, selection, threshold_encode, args);
-  return {found.values, found.indices, offsets};
+  const Order order = order_if(return_order, found.indices, offsets, features, std::nullopt);
+  return {found.values, found.indices, offsets, order.entries, order.rows, order.starts};
 }
 
 // ---- batch_topk_encode ---------------------------------------------------------------------------------------------
@@ -85,9 +97,9 @@ Activation parse_activation(const std::string& name) {
   fail("activation is '", name, "'; expected 'relu' or 'identity'");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk_encode(const Tensor& x, const Tensor& weight,
-                                                             const OptionalTensor& bias, int64_t entries,
-                                                             const std::string& activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_topk_encode(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t entries, const std::string& activation,
+    bool return_order) {
   const Encoder encoder(x, weight, bias);
   const int64_t rows = encoder.rows(), features = encoder.features();
   if (entries < 0 || (rows == 0 ? entries > 0 : (entries + rows - 1) / rows > features)) {
@@ -112,7 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk_encode(const Tensor& x, co
                        .workspace = nullptr};
   const Tensor workspace = ISTHMUS_ALLOCATE(x, selection, args);
   ISTHMUS_LAUNCH(x, selection, batch_topk_encode, args);
-  return {values, indices, offsets, threshold};
+  const OptionalTensor numbers = args.activation == Activation::relu ? OptionalTensor(values) : std::nullopt;
+  const Order order = order_if(return_order, indices, offsets, features, numbers);
+  return {values, indices, offsets, threshold, order.entries, order.rows, order.starts};
 }
 
 }  // namespace

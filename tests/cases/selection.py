@@ -1,6 +1,9 @@
 """Cases of the selection family."""
 
 from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from cases.case import Case, Tensors, plain, randn
 from cases.topk import dictionary
@@ -15,6 +18,16 @@ def with_thresholds(make: Callable[[], Tensors]) -> Callable[[], Tensors]:
         return tensors | {"threshold": randn(len(tensors["weight"]))}
 
     return made
+
+
+def flat(encode: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """With the order as three tensors."""
+
+    def encode_with_order(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        *code, order = encode(*args, return_order=True, **options)
+        return *code, *order
+
+    return encode_with_order
 
 
 def selection_cases() -> list[Case]:
@@ -33,4 +46,8 @@ def selection_cases() -> list[Case]:
              options={"k": 0.75, "activation": "identity"}),
         Case("batch-fillers", ops.batch_topk_encode, dictionary(5, 6, features=12, bias=True), batch, encoder,
              options={"k": 11}),
+        Case("threshold-order", flat(ops.threshold_encode), dictionary(17, 10, features=43, bias=True),
+             plain(flat(reference.threshold_encode)), encoder, options={"threshold": -0.2}),
+        Case("batch-order", flat(ops.batch_topk_encode), dictionary(5, 6, features=12, bias=True),
+             plain(flat(reference.batch_topk_encode)), encoder, options={"k": 11}),
     ]  # fmt: skip

@@ -264,6 +264,26 @@ def test_gradients_equal_those_of_the_dense_code(wanted, isa, device):
     gradients(torch.where(dense >= threshold, dense, 0), code)
 
 
+@pytest.mark.parametrize("encode", ["threshold", "batch"])
+def test_the_order_is_that_of_the_code_and_changes_no_gradient(encode, isa, device):
+    leaves = [t.requires_grad_() for t in problem(60, 12, 300, device=device)]
+
+    def run(**options):
+        if encode == "threshold":
+            return ops.threshold_encode(*leaves, 1.5, **options)
+        return ops.batch_topk_encode(*leaves, 200, **options)  # more than are positive
+
+    *code, order = run(return_order=True)
+    assert_same(code, run())
+    values, indices, offsets = code[:3]
+    active = values.detach() if encode == "batch" else None
+    assert_same(order, ops.latent_order(indices, 300, values=active, offsets=offsets))
+    grad = torch.randn_like(values)
+    # Sums over many rows are cut elsewhere where zeros are left out.
+    expected = torch.autograd.grad(run()[0], leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(values, leaves, grad), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_zeros_of_relu_get_no_gradient(device):
     x = torch.ones(3, 2, device=device, requires_grad=True)
     weight = torch.full((5, 2), -1.0, device=device, requires_grad=True)

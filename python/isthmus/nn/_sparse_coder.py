@@ -43,7 +43,8 @@ class SparseCode(NamedTuple):
     Args:
         values, indices: padded [N, k], or ragged [E].
         offsets: [N + 1] of a ragged code.
-        order: entries sorted by feature, whose counts say how often each fired; made in training.
+        order: entries sorted by feature, which all weight gradients share; made in training.
+        fired: int64 [F], in how many rows each feature is active; made in training.
         penalty: [E], what each entry adds to the sparsity loss of its row, where that is not made of the values.
         threshold: [], the smallest value that was selected, where the batch chose it.
         more: values and indices of the next best entries, for a second reconstruction.
@@ -53,6 +54,7 @@ class SparseCode(NamedTuple):
     indices: Tensor
     offsets: Tensor | None = None
     order: ops.LatentOrder | None = None
+    fired: Tensor | None = None
     penalty: Tensor | None = None
     threshold: Tensor | None = None
     more: tuple[Tensor, Tensor] | None = None
@@ -265,14 +267,19 @@ class SparseCoder(nn.Module):
         if not self.training:
             return SparseCode(*ops.topk_encode(centred, weight, bias, k, **options))
         values, indices, order = ops.topk_encode(centred, weight, bias, k, return_order=True, **options)
-        return SparseCode(values, indices, order=order)
+        return SparseCode(values, indices, order=order, fired=order.counts)
 
-    def _ragged(self, values: Tensor, indices: Tensor, offsets: Tensor, *, penalty: Tensor | None = None) -> SparseCode:
-        """A ragged code, in training with its order."""
-        order = None
-        if self.training:
-            order = ops.latent_order(indices, self.num_features, values=values, offsets=offsets)
-        return SparseCode(values, indices, offsets, order, penalty)
+    def _above(self, centred: Tensor, threshold: Tensor | float) -> SparseCode:
+        """All entries above a threshold, in training with their order."""
+        weight, bias = self.encoder_weight, self.encoder_bias
+        if not self.training:
+            return SparseCode(*ops.threshold_encode(centred, weight, bias, threshold))
+        values, indices, offsets, order = ops.threshold_encode(centred, weight, bias, threshold, return_order=True)
+        return SparseCode(values, indices, offsets, order=order, fired=order.counts)
+
+    def _count(self, indices: Tensor, active: Tensor) -> Tensor:
+        """In how many rows each feature is active, where not all entries are."""
+        return self.idle.new_zeros(self.num_features).index_add_(0, indices, active.long())
 
     def _sparsity(self, code: SparseCode) -> Tensor:
         """The mean over rows of the penalty on their entries."""
@@ -296,8 +303,8 @@ class SparseCoder(nn.Module):
 
     def _learn_from(self, code: SparseCode, rows: int) -> None:
         """What training notes besides gradients."""
-        assert code.order is not None
-        self._note_firing(code.order.counts, rows)
+        assert code.fired is not None
+        self._note_firing(code.fired, rows)
 
     def _note_firing(self, fired: Tensor, rows: int) -> None:
         """Note for each feature how many rows, of all ranks, have passed since it fired."""

@@ -127,7 +127,7 @@ class TopKSAE(SparseCoder):
             for part in ops.topk_encode(centred, self.encoder_weight, self.encoder_bias, self.multi_k)
         )
         order = ops.latent_order(indices, self.num_features, values=values)
-        return SparseCode(values, indices, order=order, more=(more, more_indices))
+        return SparseCode(values, indices, order=order, fired=order.counts, more=(more, more_indices))
 
     def _reconstruct(self, code: SparseCode, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         reconstruction, loss = super()._reconstruct(code, rows, target)

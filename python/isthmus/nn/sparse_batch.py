@@ -98,11 +98,12 @@ class BatchTopKSAE(SparseCoder):
         return self
 
     def _code(self, centred: Tensor) -> SparseCode:
-        weight, bias = self.encoder_weight, self.encoder_bias
         if not self.training:
-            return self._ragged(*ops.threshold_encode(centred, weight, bias, self.threshold))
-        *code, threshold = ops.batch_topk_encode(centred, weight, bias, self.k)
-        return self._ragged(*code)._replace(threshold=threshold)
+            return self._above(centred, self.threshold)
+        values, indices, offsets, threshold, order = ops.batch_topk_encode(
+            centred, self.encoder_weight, self.encoder_bias, self.k, return_order=True
+        )
+        return SparseCode(values, indices, offsets, order=order, fired=order.counts, threshold=threshold)
 
     def _learn_from(self, code: SparseCode, rows: int) -> None:
         super()._learn_from(code, rows)
@@ -179,19 +180,24 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def decode_levels(self, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
         """The reconstructions of all levels, ``[N, L, D]``, from what :meth:`encode` returns."""
+        return self._decode_levels(SparseCode(values, indices, offsets))
+
+    def _decode_levels(self, code: SparseCode) -> Tensor:
+        indices, offsets, order = code.indices, code.offsets, code.order
+        assert offsets is not None
         rows, levels = len(offsets) - 1, len(self.widths)
         # Entries of a row ascend by feature, so those of a level are neighbours: a ragged code of N · L rows.
-        row = entry_rows(indices, offsets)
-        level = torch.bucketize(indices, self.bounds, right=True)
+        row = entry_rows(indices, offsets) * levels + torch.bucketize(indices, self.bounds, right=True)
         counts = torch.zeros(rows * levels, dtype=torch.int64, device=indices.device)
-        counts.index_add_(0, row * levels + level, torch.ones_like(indices))
+        counts.index_add_(0, row, torch.ones_like(indices))
         bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        added = ops.sparse_decode(values, indices, self.decoder_weight, offsets=bounds)
+        if order is not None:  # entries stay where they are; only rows have other numbers
+            order = order._replace(rows=row[order.entries])
+        added = ops.sparse_decode(code.values, indices, self.decoder_weight, offsets=bounds, order=order)
         return added.view(rows, levels, -1).cumsum(dim=1) + self.pre_bias
 
     def _reconstruct(self, code: SparseCode, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        assert code.offsets is not None
-        levels = self.decode_levels(code.values, code.indices, code.offsets)
+        levels = self._decode_levels(code)
         dtype = accumulate_dtype(levels)
         squared_error = (target.unsqueeze(1).to(dtype) - levels.to(dtype)).square().sum(dim=-1)
         loss = fraction_of_variance_unexplained(squared_error, target) / len(self.widths)

@@ -77,7 +77,7 @@ class ReLUSAE(SparseCoder):
         )
 
     def _code(self, centred: Tensor) -> SparseCode:
-        return self._ragged(*ops.threshold_encode(centred, self.encoder_weight, self.encoder_bias, 0.0))
+        return self._above(centred, 0.0)
 
     def _sparsity(self, code: SparseCode) -> Tensor:
         return l1(code.values, code.indices, self.decoder_weight, code.offsets)
@@ -158,14 +158,11 @@ class JumpReLUSAE(SparseCoder):
 
     def _code(self, centred: Tensor) -> SparseCode:
         threshold = self.log_threshold.exp()
-        reach = self.bandwidth / 2 if self.training else 0.0
-        scores, indices, offsets = ops.threshold_encode(
-            centred, self.encoder_weight, self.encoder_bias, threshold.detach() - reach
-        )
         if not self.training:
-            return self._ragged(scores, indices, offsets)
-        values, active = _jump(scores, threshold[indices], self.bandwidth)
-        return self._ragged(values, indices, offsets, penalty=active)
+            return self._above(centred, threshold)
+        code = self._above(centred, threshold.detach() - self.bandwidth / 2)
+        values, active = _jump(code.values, threshold[code.indices], self.bandwidth)
+        return code._replace(values=values, penalty=active, fired=self._count(code.indices, active))
 
 
 class GatedSAE(SparseCoder):
@@ -228,10 +225,10 @@ class GatedSAE(SparseCoder):
         self.magnitude_bias = nn.Parameter(torch.zeros(num_features))
 
     def _code(self, centred: Tensor) -> SparseCode:
-        scores, indices, offsets = ops.threshold_encode(centred, self.encoder_weight, self.encoder_bias, 0.0)
-        heard = scores - self.encoder_bias[indices]
-        values = torch.relu(heard * self.log_gain.exp()[indices] + self.magnitude_bias[indices])
-        return self._ragged(values, indices, offsets, penalty=scores)
+        code = self._above(centred, 0.0)
+        heard = code.values - self.encoder_bias[code.indices]
+        values = torch.relu(heard * self.log_gain.exp()[code.indices] + self.magnitude_bias[code.indices])
+        return code._replace(values=values, penalty=code.values, fired=self._count(code.indices, values > 0))
 
     def _aux_loss(self, code: SparseCode, centred: Tensor, target: Tensor, reconstruction: Tensor) -> Tensor:
         assert code.penalty is not None

@@ -1,16 +1,36 @@
 """Ragged sparse codes: everything above a threshold, or the best of a whole batch, without stored pre-activations."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from isthmus.ops._arguments import accumulate_dtype, as_rows, check_choice
 from isthmus.ops._register import register_autocast, register_gradient, register_vmap_by_loop
 from isthmus.ops.sparse import encode_gradients
+from isthmus.reference import LatentOrder
+
+
+@overload
+def threshold_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | float,
+    *,
+    return_order: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def threshold_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float, *, return_order: Literal[True]
+) -> tuple[Tensor, Tensor, Tensor, LatentOrder]: ...
 
 
 def threshold_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float, *, return_order: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LatentOrder]:
     """All pre-activations ``x @ weight.T + bias`` above a threshold, as a ragged code.
 
     The encoder of sparse autoencoders whose number of active features varies: threshold 0 is ReLU, a threshold for each
@@ -28,12 +48,14 @@ def threshold_encode(
         weight: [F, D], dtype of ``x``; row f is what feature f listens to. F < 2³¹.
         bias: [F], dtype of ``x``, or None.
         threshold: [F] or [], of any floating dtype, or a number. Infinity switches a feature off.
+        return_order: also return the entries sorted by latent, which the gradients of encoder and decoder share.
 
     Returns:
         values [E] of the dtype of ``x``: the float64 scores, rounded once. indices [E], int64: their features. offsets
         [N + 1], int64: row n has the entries ``offsets[n]`` to ``offsets[n + 1] - 1``, in ascending order of feature.
         A row with a NaN among its pre-activations gives one entry, of value NaN and index 0; other rows are not
-        affected. All bits are the same for every instruction set and number of threads.
+        affected. All bits are the same for every instruction set and number of threads. With ``return_order``, the
+        ``LatentOrder`` of all entries.
 
     Gradients:
         To ``x``, ``weight`` and ``bias`` through the entries, the selection held fixed; only those asked for are
@@ -56,12 +78,40 @@ def threshold_encode(
     """
     if not isinstance(threshold, Tensor):
         threshold = x.new_full((), threshold, dtype=torch.float64)
-    return _threshold_encode(as_rows("x", x), weight, bias, threshold.detach().double())
+    rows = as_rows("x", x)
+    *code, entries, order_rows, starts = _threshold_encode(
+        rows, weight, bias, threshold.detach().double(), return_order
+    )
+    return (*code, LatentOrder(entries, order_rows, starts)) if return_order else tuple(code)
+
+
+@overload
+def batch_topk_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: float,
+    *,
+    activation: str = "relu",
+    return_order: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def batch_topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: float, *, activation: str = "relu", return_order: Literal[True]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, LatentOrder]: ...
 
 
 def batch_topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: float, *, activation: str = "relu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: float,
+    *,
+    activation: str = "relu",
+    return_order: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor, LatentOrder]:
     """The N k largest of ``activation(x @ weight.T + bias)`` in the whole batch, as a ragged code.
 
     The encoder of a BatchTopK sparse autoencoder (Bussmann et al. 2024, arXiv 2412.06410): rows share N k entries as
@@ -73,6 +123,7 @@ def batch_topk_encode(
         x, weight, bias: as in ``threshold_encode``.
         k: entries for each row on average, 0 to F. There are ``round(N * k)`` in all.
         activation: "relu", applied before the selection, or "identity".
+        return_order: as in ``threshold_encode``.
 
     Returns:
         values [E], indices [E], offsets [N + 1]: as in ``threshold_encode``, E = round(N * k). Ties go to the lowest
@@ -81,7 +132,8 @@ def batch_topk_encode(
         index 0, which ranks above all numbers (and more like it where everything else is used up); a batch with such
         rows is searched twice.
         threshold []: the smallest score that was selected, infinity if no number was; float32 (float64 for float64),
-        without gradient. Its running mean is what ``threshold_encode`` takes at inference.
+        without gradient. Its running mean is what ``threshold_encode`` takes at inference. With ``return_order``, the
+        ``LatentOrder`` of the code, without the entries where relu is 0.
 
     Gradients:
         As for ``threshold_encode``; none through an entry where relu is 0.
@@ -97,7 +149,10 @@ def batch_topk_encode(
     """
     check_choice("activation", activation, ("relu", "identity"))
     rows = as_rows("x", x)
-    return _batch_topk_encode(rows, weight, bias, round(rows.shape[0] * k), activation)
+    *code, entries, order_rows, starts = _batch_topk_encode(
+        rows, weight, bias, round(rows.shape[0] * k), activation, return_order
+    )
+    return (*code, LatentOrder(entries, order_rows, starts)) if return_order else tuple(code)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------
@@ -107,44 +162,54 @@ def _ragged(x, entries):
     return x.new_empty(entries), x.new_empty(entries, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
+def _order(x, weight, entries, return_order):
+    sizes = (entries, entries, weight.shape[0] + 1) if return_order else (0, 0, 0)
+    return tuple(x.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
 @torch.library.register_fake("isthmus::threshold_encode")
-def _(x, weight, bias, threshold):
-    return _ragged(x, torch.library.get_ctx().new_dynamic_size())
+def _(x, weight, bias, threshold, return_order):
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return *_ragged(x, entries), *_order(x, weight, entries, return_order)
 
 
 @torch.library.register_fake("isthmus::batch_topk_encode")
-def _(x, weight, bias, entries, activation):
-    return *_ragged(x, entries), x.new_empty((), dtype=accumulate_dtype(x))
+def _(x, weight, bias, entries, activation, return_order):
+    threshold = x.new_empty((), dtype=accumulate_dtype(x))
+    return *_ragged(x, entries), threshold, *_order(x, weight, entries, return_order)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def _threshold_setup(ctx, inputs, output):
-    x, weight, _, _ = inputs
-    _, indices, offsets = output
-    ctx.mark_non_differentiable(indices, offsets)
-    ctx.save_for_backward(x, weight, indices, offsets)
+    x, weight, _, _, return_order = inputs
+    _, indices, offsets, *order = output
+    ctx.mark_non_differentiable(indices, offsets, *order)
+    ctx.save_for_backward(x, weight, indices, offsets, *(order if return_order else ()))
 
 
 def _threshold_backward(ctx, grad, *_):
-    x, weight, indices, offsets = ctx.saved_tensors
-    return *encode_gradients(grad, x, weight, indices, offsets, None, ctx.needs_input_grad[:3]), None
+    return *_code_gradients(grad, *ctx.saved_tensors, needs=ctx.needs_input_grad[:3]), None, None
 
 
 def _batch_setup(ctx, inputs, output):
-    x, weight, _, _, activation = inputs
-    values, indices, offsets, threshold = output
+    x, weight, _, _, activation, return_order = inputs
+    values, indices, offsets, threshold, *order = output
     ctx.is_relu = activation == "relu"
-    ctx.mark_non_differentiable(indices, offsets, threshold)
-    ctx.save_for_backward(values, x, weight, indices, offsets)
+    ctx.mark_non_differentiable(indices, offsets, threshold, *order)
+    ctx.save_for_backward(values, x, weight, indices, offsets, *(order if return_order else ()))
 
 
 def _batch_backward(ctx, grad, *_):
-    values, x, weight, indices, offsets = ctx.saved_tensors
+    values, *code = ctx.saved_tensors
     if ctx.is_relu:
         grad = torch.where(values > 0, grad, 0)
-    return *encode_gradients(grad, x, weight, indices, offsets, None, ctx.needs_input_grad[:3]), None, None
+    return *_code_gradients(grad, *code, needs=ctx.needs_input_grad[:3]), None, None, None
+
+
+def _code_gradients(grad, x, weight, indices, offsets, *order, needs):
+    return encode_gradients(grad, x, weight, indices, offsets, LatentOrder(*order) if order else None, needs)
 
 
 _threshold_encode = register_gradient("threshold_encode", _threshold_backward, _threshold_setup)

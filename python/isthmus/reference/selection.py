@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from isthmus.reference.sparse import LatentOrder, latent_order
+
 __all__ = ["batch_topk_encode", "threshold_encode"]
 
 
 def threshold_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | float, *, return_order: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LatentOrder]:
     """All pre-activations ``x @ weight.T + bias`` above a threshold, as a ragged code.
 
     Compared in float64: a > threshold. A row with a NaN among its pre-activations gives one entry, of
@@ -20,6 +22,7 @@ def threshold_encode(
         weight: shape [F, D]; row f is what feature f listens to.
         bias: shape [F], or ``None``.
         threshold: shape [F] or [], or a number.
+        return_order: also return the ``LatentOrder`` of all entries.
 
     Returns:
         values [E] of the dtype of ``x``; indices [E] int64; offsets [N + 1] int64. Row n has the
@@ -32,12 +35,21 @@ def threshold_encode(
     """
     scores, broken = _scores(x, weight, bias)
     selected = torch.where(broken, _is_first(scores), scores.detach() > threshold)
-    return _as_ragged(scores, broken, selected, x.dtype)
+    values, indices, offsets = _as_ragged(scores, broken, selected, x.dtype)
+    if not return_order:
+        return values, indices, offsets
+    return values, indices, offsets, latent_order(indices, len(weight), offsets=offsets)
 
 
 def batch_topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: float, *, activation: str = "relu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: float,
+    *,
+    activation: str = "relu",
+    return_order: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor, LatentOrder]:
     """The N k largest of ``activation(x @ weight.T + bias)`` in the whole batch, as a ragged code.
 
     Ranked in float64; ties go to the lowest row, then to the lowest feature. A row with a NaN among its
@@ -48,6 +60,7 @@ def batch_topk_encode(
         x, weight, bias: as in ``threshold_encode``.
         k: entries for each row on average; round(N k) in all, at most N F.
         activation: "relu" or "identity".
+        return_order: also return the ``LatentOrder`` of the code, with "relu" without the entries that are 0.
 
     Returns:
         values, indices, offsets: as in ``threshold_encode``. threshold []: the smallest value that was
@@ -78,8 +91,12 @@ def batch_topk_encode(
     selected = selected.view_as(scores)
     numbers = scores.detach()[selected & ~broken]
     threshold = numbers.min() if len(numbers) else numbers.new_tensor(torch.inf)
-    code = _as_ragged(scores, broken, selected, x.dtype)
-    return *code, threshold.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    threshold = threshold.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    values, indices, offsets = _as_ragged(scores, broken, selected, x.dtype)
+    if not return_order:
+        return values, indices, offsets, threshold
+    active = values.detach() if activation == "relu" else None
+    return values, indices, offsets, threshold, latent_order(indices, len(weight), values=active, offsets=offsets)
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
