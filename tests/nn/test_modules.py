@@ -36,10 +36,21 @@ MODULES = {
     "codebook-affine": lambda: nn.VectorQuantizer(
         16, 12, learning="gradient", revive_below=0.0, transform=nn.AffineCodebook(12)
     ),
+    "codebook-directional": lambda: nn.VectorQuantizer(
+        16, 12, learning="gradient", gradient="directional", heads=2, revive_below=0.5
+    ),
+    "codebook-gumbel": lambda: nn.VectorQuantizer(
+        16, 12, learning="gradient", gradient="gumbel", sample_temperature=2.0, sync_update_v=0.2
+    ),
     "residual-ema": lambda: nn.ResidualVQ((16, 8), 12, decay=0.5, revive_below=0.5, quantize_dropout=True),
     "residual-gradient": lambda: nn.GroupedResidualVQ(
         16, 12, 3, groups=2, learning="gradient", shared_codebook=True, gradient="rotation", revive_below=0.5
     ),
+    "residual-cosine": lambda: nn.ResidualVQ(
+        16, 12, 3, metric="cosine", gradient="rotation", quantize_dropout=True, decay=0.5, revive_below=0.5
+    ),
+    "residual-directional": lambda: nn.ResidualVQ((16, 8), 12, learning="gradient", gradient="directional"),
+    "residual-simvq": lambda: nn.ResidualSimVQ(16, 12, 3, groups=2, quantize_dropout=True),
     "simvq": lambda: nn.SimVQ(16, 12),
     "key-value": lambda: nn.KeyValueBottleneck(16, 12, 3, heads=4, key_dim=5, decay=0.5, revive_below=0.5),
     "codebook-features": lambda: nn.CodebookFeatures(16, 12, 4),

@@ -8,7 +8,7 @@ from .bayes import BayesLinear, mean_only
 from .codebook import VectorQuantizer, VectorQuantizerOutput
 from .codebook_features import CodebookFeatures, CodebookFeaturesOutput
 from .codebook_losses import CodeDiversity, CodeOrthogonality, CommitmentCrossEntropy
-from .codebook_transforms import AffineCodebook, SimVQ
+from .codebook_transforms import AffineCodebook, ResidualSimVQ, SimVQ
 from .gaussian import GaussianBottleneck, GaussianBottleneckOutput
 from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
 from .random_projection import RandomProjectionQuantizer
@@ -47,6 +47,7 @@ __all__ = [
     "MatryoshkaSAE",
     "RandomProjectionQuantizer",
     "ReLUSAE",
+    "ResidualSimVQ",
     "ResidualVQ",
     "ResidualVQOutput",
     "SAEOutput",

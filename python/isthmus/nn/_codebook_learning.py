@@ -102,6 +102,24 @@ class Codebook(nn.Module):
         """Whether hits, sums and candidates are those of all ranks."""
         return self.sync_codebook and has_ranks()
 
+    @torch.no_grad()
+    def set_codebook(self, codes: Tensor) -> None:
+        """Put ``codes``, of the shape of ``codebook``, in its place; each has a usage of 1, and learning starts there.
+
+        Writing to ``codebook`` itself is undone by the next step of its moving averages.
+
+        Raises:
+            ValueError: ``codes`` has another shape.
+        """
+        if codes.shape != self.codebook.shape:
+            raise ValueError(f"codes has shape {list(codes.shape)}; expected {list(self.codebook.shape)}")
+        self.codebook.copy_(codes)
+        self.usage.fill_(1.0)
+        if self.sums is not None:
+            self.sums.copy_(codes)
+        if self.pending is not None:
+            self.pending.zero_()
+
     def books(self, flat: Tensor) -> list[Tensor]:
         """What belongs to all codes, cut into what belongs to those of each book."""
         return list(flat.split(self.sizes))
@@ -196,12 +214,6 @@ class Codebook(nn.Module):
         if len(set(self.sizes)) == 1:
             return [None if flat is None else flat.view(len(self.sizes), self.sizes[0], *flat.shape[1:])]
         return [None] * len(self.sizes) if flat is None else list(flat.split(self.sizes))
-
-
-def check_gradient(gradient: str) -> None:
-    """Raise ``ValueError`` unless ``gradient`` is one of the two ways through a quantizer."""
-    if gradient not in ("straight_through", "rotation"):
-        raise ValueError(f"gradient must be 'straight_through' or 'rotation', got {gradient!r}")
 
 
 def check_update(update: str) -> None:

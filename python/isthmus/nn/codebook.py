@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from isthmus import ops
 
+from ._codebook_gradient import check_gradient, directional, fused, gather
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick, snapshot
+from ._codebook_learning import Codebook, check_update, embed, mean_of_live, pick, snapshot
 
 
 class VectorQuantizerOutput(NamedTuple):
@@ -67,8 +68,14 @@ class VectorQuantizer(Codebook):
         dim: size D of a vector.
         learning: ``"ema"`` or ``"gradient"``.
         metric: ``"euclidean"``, or ``"cosine"``: vectors and codes are scaled to norm 1 first.
-        gradient: what ``quantized`` passes to x: its gradient as it is (``"straight_through"``), or
-            rotated and scaled as x is into its code (``"rotation"``).
+        gradient: what ``quantized`` passes on of its gradient g. ``"straight_through"``: g to x. ``"rotation"``: g
+            to x, rotated and scaled as x is into its code. ``"directional"``: in training ``quantized`` is
+            x + |x − c| · u, where u is the direction of c − x with a little noise, held constant. So c gets the part
+            of g along c − x, and x the rest; codes learn from it in place of |sg(x) − c|², and the pull on x can go,
+            too (``commitment_weight=0``). ``"gumbel"``: codes are drawn, and x and all codes get what the
+            noisy softmax that they are the largest part of gives them.
+        directional_variance: of the noise of ``"directional"``, in every dimension of a code.
+        sync_update_v: ν ≥ 0; codes get ν · g beside. Needs ``"gradient"`` learning.
         codebook_dim: size d of a code; linear layers project to heads · d and back where that is
             not D. Default: D / heads.
         layernorm_after_project_in: normalise what the first of them gives.
@@ -84,7 +91,7 @@ class VectorQuantizer(Codebook):
         eps: Laplace smoothing of the usage that sums are divided by.
         revive_below: usage below which a code is dead, in [0, 1); 0 revives nothing.
         sample_temperature: above 0, codes are drawn in training with probabilities
-            softmax(−|x − c|² / temperature), or of the cosines.
+            softmax(−|x − c|² / temperature), or of the cosines. For ``gradient="gumbel"``, which needs it.
         freeze_codebook: the codebook does not learn. An attribute: set it at any time.
         sync_codebook: add up over the ranks of ``torch.distributed``.
 
@@ -97,8 +104,10 @@ class VectorQuantizer(Codebook):
 
     Source: van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017 (moving
     averages: its appendix A.1); revival: Dhariwal et al., Jukebox, 2020; rotation: Fifty et al.,
-    Restructuring Vector Quantization with the Rotation Trick, 2024; d < D and cosine: Yu et al.,
-    Vector-quantized Image Modeling with Improved VQGAN, 2022.
+    Restructuring Vector Quantization with the Rotation Trick, 2024; directional: Vali et al., DiVeQ: Differentiable
+    Vector Quantization Using the Reparameterization Trick, 2025; Gumbel: Jang et al., Categorical Reparameterization
+    with Gumbel-Softmax, 2017; ν: Huh et al., Straightening Out the Straight-Through Estimator, ICML 2023; d < D and
+    cosine: Yu et al., Vector-quantized Image Modeling with Improved VQGAN, 2022.
 
     Example:
         >>> import torch, isthmus
@@ -124,6 +133,8 @@ class VectorQuantizer(Codebook):
         learning: str = "ema",
         metric: str = "euclidean",
         gradient: str = "straight_through",
+        directional_variance: float = 5e-3,
+        sync_update_v: float = 0.0,
         codebook_dim: int | None = None,
         layernorm_after_project_in: bool = False,
         heads: int = 1,
@@ -141,11 +152,20 @@ class VectorQuantizer(Codebook):
     ) -> None:
         if metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
-        check_gradient(gradient)
-        if not sample_temperature >= 0.0:
-            raise ValueError(f"sample_temperature must not be negative, got {sample_temperature}")
+        check_gradient(gradient, ("straight_through", "rotation", "directional", "gumbel"))
+        for name, value in (
+            ("directional_variance", directional_variance),
+            ("sync_update_v", sync_update_v),
+            ("sample_temperature", sample_temperature),
+        ):
+            if not value >= 0.0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if sample_temperature > 0.0 and gradient == "rotation":
             raise ValueError("gradient='rotation' needs the nearest code: rotating onto a sampled one diverges")
+        if sample_temperature == 0.0 and gradient == "gumbel":
+            raise ValueError("gradient='gumbel' needs sample_temperature above 0, got 0")
+        if sync_update_v > 0.0 and learning != "gradient":
+            raise ValueError(f"sync_update_v needs learning='gradient', got learning={learning!r}")
         if transform is not None and (learning != "gradient" or revive_below > 0.0):
             raise ValueError(
                 "transform needs learning='gradient' and revive_below=0: vectors that a code should average, or "
@@ -176,6 +196,8 @@ class VectorQuantizer(Codebook):
         self.dim = dim
         self.metric = metric
         self.gradient = gradient
+        self.directional_variance = directional_variance
+        self.sync_update_v = sync_update_v
         self.commitment_weight = commitment_weight
         self.sample_temperature = sample_temperature
         self.layout = layout
@@ -211,22 +233,13 @@ class VectorQuantizer(Codebook):
             observe(rows.detach(), mask)
         # The update below writes to the codebook before backward reads it.
         codes = self._codes(snapshot(self.codebook) if self.learns else self.codebook)
-        sampled = self._sample(rows, codes, mask)
-        quantized, indices, error = ops.vq_quantize(
-            rows,
-            codes,
-            metric=self.metric,
-            gradient=self.gradient,
-            commitment_weight=self.commitment_weight,
-            mask=mask if sampled is None else None,
-            indices=sampled,
-        )
+        quantized, indices, error = self._quantize(rows, codes, mask)
         if self.learns:
             # Vectors that hold a NaN or an infinity teach nothing: the averages would never recover.
             self._learn(rows.detach(), indices, error.isfinite() & (indices >= 0), update, code_weight)
         # The op weights the gradient of its error; the second term gives the value its weights.
         error = mean_of_live(error, mask)
-        learned = self.learning == "gradient" and not self.freeze_codebook
+        learned = self.learning == "gradient" and not self.freeze_codebook and self.gradient != "directional"
         weight = self.commitment_weight + learned
         terms = {"codes": error + (weight - 1.0) * error.detach()}
         for term in self.losses:
@@ -290,10 +303,35 @@ class VectorQuantizer(Codebook):
         rows = self.layout.rows(x, self.codebook.dtype)
         return F.normalize(rows, dim=-1) if self.metric == "cosine" else rows
 
-    def _sample(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _quantize(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, indices and squared errors; the gradient of the errors reaches what they are to train."""
+        drawn, indices = self._draw(rows, codes, mask)
+        quantized, indices, error = ops.vq_quantize(
+            rows,
+            codes.detach() if self.gradient == "directional" else codes,
+            metric=self.metric,
+            gradient=fused(self.gradient),
+            commitment_weight=self.commitment_weight,
+            mask=mask if indices is None else None,
+            indices=indices,
+        )
+        if drawn is not None:
+            quantized = drawn
+        elif self.training and self.gradient == "directional":
+            quantized = directional(rows, gather(codes, indices), indices >= 0, self.directional_variance)
+        if self.sync_update_v > 0.0:
+            code = gather(codes, indices)
+            quantized = quantized + self.sync_update_v * (code - code.detach())
+        return quantized, indices, error
+
+    def _draw(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Codes drawn by their distance, if they are, and what they pass gradients by, if that is the softmax."""
         if not self.training or self.sample_temperature == 0.0:
-            return None
-        return ops.vq_sample(rows, codes, metric=self.metric, temperature=self.sample_temperature, mask=mask)
+            return None, None
+        options: dict[str, Any] = {"metric": self.metric, "temperature": self.sample_temperature, "mask": mask}
+        if self.gradient == "gumbel":
+            return ops.vq_soft_quantize(rows, codes, gumbel=True, hard=True, **options)
+        return None, ops.vq_sample(rows, codes, **options)
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, indices: Tensor, live: Tensor, update: str, code_weight: Tensor | None) -> None:

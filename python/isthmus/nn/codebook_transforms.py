@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ._codebook_learning import snapshot
 from ._ranks import all_reduce, has_ranks
 from .codebook import VectorQuantizer
+from .residual import ResidualVQ
 
 
 class AffineCodebook(nn.Module):
@@ -106,6 +108,58 @@ class SimVQ(VectorQuantizer):
         size = self.codebook.shape[-1]
         if self.transform is placeholder:
             self.transform = nn.Linear(size, size, bias=False)
-        stored = self.codebook.detach() * size**-0.5
-        del self.codebook
-        self.register_buffer("codebook", stored)
+        _freeze(self)
+
+
+class ResidualSimVQ(ResidualVQ):
+    """Residual quantization with frozen codebooks, each behind a trained linear layer of its own, as in :class:`SimVQ`.
+
+    All stages run in one op, as those of :class:`ResidualVQ` do. The codes in use, W_q c, learn from loss = mean over
+    vectors of Σ_q |sg(r_q) − W_q c_q|² + commitment_weight · |r_q − sg(W_q c_q)|².
+
+    Args:
+        num_codes, dim, num_quantizers, options: as in :class:`ResidualVQ`, which decides shapes, errors and methods,
+            too; the codebooks need no ``learning`` and no ``revive_below``. Groups have layers of their own; a
+            ``shared_codebook`` is seen through the layer of each stage.
+
+    Example:
+        >>> import torch, isthmus
+        >>> quantizer = isthmus.nn.ResidualSimVQ(16, dim=4, num_quantizers=3)
+        >>> quantized, indices, loss = quantizer(torch.randn(8, 10, 4))
+        >>> indices.shape
+        torch.Size([8, 10, 3])
+        >>> loss.backward()
+        >>> quantizer.codebook.grad is None, quantizer.weight.grad.shape
+        (True, torch.Size([3, 4, 4]))
+    """
+
+    def __init__(
+        self, num_codes: int | Sequence[int], dim: int, num_quantizers: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(num_codes, dim, num_quantizers, learning="gradient", revive_below=0.0, **options)
+        size = self.codebook.shape[-1]
+        _freeze(self)
+        groups = (self.groups,) if self.groups > 1 else ()
+        self.weight = nn.Parameter(torch.empty(self.num_quantizers, *groups, size, size))
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def stage_list(self, codebook: Tensor | None = None) -> list[Tensor]:
+        """The codes of each stage behind its layer: ``[K_q, d]``, or ``[G, K_q, d]`` for groups."""
+        books = super().stage_list(codebook)
+        return [(book @ weight.mT).to(book.dtype) for book, weight in zip(books, self.weight, strict=True)]
+
+    def init_from(self, x: Tensor, iterations: int = 10) -> None:
+        """Not possible: raises ``ValueError``."""
+        raise ValueError("init_from: the means of k-means lie behind the layers of these codebooks")
+
+    def _stage_codes(self) -> list[Tensor]:
+        # An update counts hits, and is written where the codes are.
+        books = self.stage_list(snapshot(self.codebook) if self.learns else self.codebook)
+        return [book.detach() for book in books] if self.freeze_codebook else books
+
+
+def _freeze(quantizer: VectorQuantizer | ResidualVQ) -> None:
+    """Make the codebook a buffer of codes whose length is about 1."""
+    stored = quantizer.codebook.detach() * quantizer.codebook.shape[-1] ** -0.5
+    del quantizer.codebook
+    quantizer.register_buffer("codebook", stored)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from isthmus import ops
 
+from ._codebook_gradient import check_gradient, directional, fused, gather
 from ._codebook_layout import VectorLayout
-from ._codebook_learning import Codebook, check_gradient, check_update, embed, mean_of_live, pick, snapshot
+from ._codebook_learning import Codebook, check_update, embed, mean_of_live, pick, snapshot
+from ._residual_stages import Quantized, quantize_stages
 
 
 class ResidualVQOutput(NamedTuple):
@@ -32,6 +34,9 @@ class ResidualVQ(Codebook):
     loss = mean over vectors of Σ_q weight · |r_q − c_q|²: weight is ``commitment_weight``, plus 1 for
     ``learning="gradient"``, where that part moves the codes. The gradient of ``quantized`` reaches x once.
 
+    ``metric="cosine"`` looks for the direction of a residual, r_q·c / |c|, whatever its length; what is subtracted
+    is still the code, with the length that it has learned. Stages then run one after the other.
+
     Quantizer dropout, in training: every entry of the batch (dimension 0) keeps a random number of stages,
     so that a prefix of the codes is a good code of fewer bits. Indices of dropped stages are −1, and decode
     to nothing.
@@ -45,9 +50,13 @@ class ResidualVQ(Codebook):
         quantize_dropout: drop stages in training.
         quantize_dropout_cutoff_index: stages 0 to this one are always kept.
         quantize_dropout_multiple_of: keep a multiple of this many stages.
-        beam_size: sequences of codes that the search keeps from stage to stage.
-        learning, gradient, codebook_dim, layernorm_after_project_in, channel_first, commitment_weight, decay,
-        eps, revive_below, freeze_codebook, sync_codebook: as in :class:`VectorQuantizer`.
+        beam_size: sequences of codes that the search keeps from stage to stage; ``"euclidean"`` only.
+        eval_beam_size: the same outside of training. Default: ``beam_size``.
+        metric: ``"euclidean"`` or ``"cosine"``, see above.
+        gradient: ``"straight_through"``, ``"rotation"`` or ``"directional"``, as in :class:`VectorQuantizer`, with
+            the sum of the codes as the code.
+        learning, directional_variance, codebook_dim, layernorm_after_project_in, channel_first, commitment_weight,
+        decay, eps, revive_below, freeze_codebook, sync_codebook: as in :class:`VectorQuantizer`.
 
     Raises:
         ValueError: an argument is outside its range, or two exclude each other.
@@ -80,7 +89,9 @@ class ResidualVQ(Codebook):
         groups: int = 1,
         shared_codebook: bool = False,
         learning: str = "ema",
+        metric: str = "euclidean",
         gradient: str = "straight_through",
+        directional_variance: float = 5e-3,
         codebook_dim: int | None = None,
         layernorm_after_project_in: bool = False,
         channel_first: bool = False,
@@ -89,6 +100,7 @@ class ResidualVQ(Codebook):
         quantize_dropout_cutoff_index: int = 0,
         quantize_dropout_multiple_of: int = 1,
         beam_size: int = 1,
+        eval_beam_size: int | None = None,
         decay: float = 0.99,
         eps: float = 0.0,
         revive_below: float = 0.05,
@@ -97,6 +109,12 @@ class ResidualVQ(Codebook):
     ) -> None:
         sizes = _stage_sizes(num_codes, num_quantizers)
         check_gradient(gradient)
+        if metric not in ("euclidean", "cosine"):
+            raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
+        if metric == "cosine" and max(beam_size, eval_beam_size or 1) > 1:
+            raise ValueError("metric='cosine' searches without a beam: sequences compare by the error that they leave")
+        if not directional_variance >= 0.0:
+            raise ValueError(f"directional_variance must not be negative, got {directional_variance}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"shared_codebook needs stages of one size, got num_codes={sizes}")
         if not 0 <= quantize_dropout_cutoff_index < len(sizes):
@@ -106,6 +124,7 @@ class ResidualVQ(Codebook):
             )
         for name, value in (
             ("beam_size", beam_size),
+            ("eval_beam_size", beam_size if eval_beam_size is None else eval_beam_size),
             ("quantize_dropout_multiple_of", quantize_dropout_multiple_of),
         ):
             if value < 1:
@@ -133,12 +152,15 @@ class ResidualVQ(Codebook):
         self.dim = dim
         self.num_quantizers = len(sizes)
         self.shared_codebook = shared_codebook
+        self.metric = metric
         self.gradient = gradient
+        self.directional_variance = directional_variance
         self.commitment_weight = commitment_weight
         self.quantize_dropout = quantize_dropout
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.beam_size = beam_size
+        self.eval_beam_size = eval_beam_size
         self.layout = layout
 
     def forward(
@@ -166,23 +188,16 @@ class ResidualVQ(Codebook):
         rows = self.layout.rows(x, self.codebook.dtype)
         if stages is None and self.training and self.quantize_dropout:
             stages = self._draw_stages(x)
-        books = self._stage_codes()
-        quantized, indices, error = ops.residual_vq_quantize(
-            rows,
-            books,
-            gradient=self.gradient,
-            commitment_weight=self.commitment_weight,
-            beam=self.beam_size,
-            stages=self.layout.spread(stages) if isinstance(stages, Tensor) and stages.dim() > 0 else stages,
-            mask=mask,
-        )
+        stages = self.layout.spread(stages) if isinstance(stages, Tensor) and stages.dim() > 0 else stages
+        quantized, indices, error = self._quantize(rows, stages, mask)
         if self.learns:
             # Vectors that hold a NaN or an infinity teach nothing: the averages would never recover.
             finite = error.isfinite().all(dim=-1, keepdim=True)
             self._learn(rows.detach(), torch.where(finite, indices, -1), update, code_weight)
         # The op weights the gradient of its error; the second term gives the value its weights.
         error = mean_of_live(error.sum(-1), mask)
-        weight = self.commitment_weight + (self.learning == "gradient" and not self.freeze_codebook)
+        learned = self.learning == "gradient" and not self.freeze_codebook and self.gradient != "directional"
+        weight = self.commitment_weight + learned
         loss = error + (weight - 1.0) * error.detach()
         coded = None if mask is None and stages is None else indices[..., 0] >= 0
         quantized = self.layout.vectors(quantized, x, coded)
@@ -191,7 +206,7 @@ class ResidualVQ(Codebook):
     def encode(self, x: Tensor, *, stages: int | None = None) -> Tensor:
         """Codes of the first ``stages`` stages (default: all): int64 ``[..., Q]``, −1 for the others."""
         rows = self.layout.rows(x, self.codebook.dtype)
-        _, indices, _ = ops.residual_vq_quantize(rows, self._stage_codes(), beam=self.beam_size, stages=stages)
+        _, indices, _ = self._quantize(rows, stages)
         return self.layout.indices(indices, x, self.num_quantizers)
 
     def get_codes(self, indices: Tensor) -> Tensor:
@@ -217,7 +232,7 @@ class ResidualVQ(Codebook):
                 book = group * stages + stage
                 self.fit(book, residual, iterations)
                 codes = self.books(self.codebook)[book]
-                residual = residual - embed(ops.vq_assign(residual, codes), codes)
+                residual = residual - embed(ops.vq_assign(residual, codes, metric=self.metric), codes)
 
     def stage_list(self, codebook: Tensor | None = None) -> list[Tensor]:
         """The codes of each stage: ``[K_q, d]``, or ``[G, K_q, d]`` for groups."""
@@ -227,6 +242,42 @@ class ResidualVQ(Codebook):
         if self.shared_codebook:
             return [codebook] * self.num_quantizers
         return list(codebook.split(self.num_codes, dim=-2))
+
+    def _quantize(self, rows: Tensor, stages: Tensor | int | None, mask: Tensor | None = None) -> Quantized:
+        """Values, indices and squared errors of all stages; the gradient of the errors reaches what they train."""
+        codes = self._stage_codes()
+        quantized, indices, error = self._search(rows, codes, stages, mask)
+        if self.training and self.gradient == "directional":
+            picked = [gather(book, index) for book, index in zip(_unbind(codes), indices.unbind(-1), strict=True)]
+            total = torch.stack(picked).sum(dim=0)
+            quantized = directional(rows, total, indices[..., 0] >= 0, self.directional_variance)
+        return quantized, indices, error
+
+    def _search(
+        self, rows: Tensor, codes: Tensor | list[Tensor], stages: Tensor | int | None, mask: Tensor | None
+    ) -> Quantized:
+        if self.gradient == "directional":
+            codes = [book.detach() for book in _unbind(codes)]
+        if self.metric == "euclidean":
+            return ops.residual_vq_quantize(
+                rows,
+                codes,
+                gradient=fused(self.gradient),
+                commitment_weight=self.commitment_weight,
+                beam=self.beam_size if self.training or self.eval_beam_size is None else self.eval_beam_size,
+                stages=stages,
+                mask=mask,
+            )
+        books = _unbind(codes)
+
+        def by_direction(stage: int, residual: Tensor, known: Tensor, live: Tensor) -> Quantized:
+            return ops.vq_quantize(
+                residual, books[stage], metric="cosine", commitment_weight=self.commitment_weight, mask=live
+            )
+
+        return quantize_stages(
+            rows, self.num_quantizers, by_direction, gradient=fused(self.gradient), stages=stages, mask=mask
+        )
 
     def _stage_codes(self) -> Tensor | list[Tensor]:
         """What the op takes, safe from the update: stages of one size are one tensor already."""
@@ -274,11 +325,12 @@ class ResidualVQ(Codebook):
         rows, indices = (part.view(self.groups, rows.shape[-2], part.shape[-1]) for part in (rows, indices))
         number, owned = (part.view(self.groups, most) for part in self.draw(self.groups * most, rows.shape[1]))
         residual, path = pick(rows, number), pick(indices, number)
+        codes = self.get_codes(path.transpose(0, 1).squeeze(1)).view(most, self.groups, self.num_quantizers, -1)
         of_stage, reached = [], []
-        for index, book in zip(path.unbind(-1), self.stage_list(), strict=True):
-            of_stage.append(residual[:, : book.shape[-2]])
-            reached.append((owned & (index >= 0))[:, : book.shape[-2]])
-            residual = residual - embed(index.T, book.view(self.groups, -1, book.shape[-1])).transpose(0, 1)
+        for stage, size in enumerate(self.num_codes):
+            of_stage.append(residual[:, :size])
+            reached.append((owned & (path[..., stage] >= 0))[:, :size])
+            residual = residual - codes[:, :, stage].transpose(0, 1)
         if self.shared_codebook:
             # Code k takes the residual of stage k mod Q, so that codes of every magnitude come back.
             code = torch.arange(most, device=rows.device)
@@ -328,6 +380,11 @@ class GroupedResidualVQ(ResidualVQ):
         **options: Any,
     ) -> None:
         super().__init__(num_codes, dim, num_quantizers, groups=groups, **options)
+
+
+def _unbind(codes: Tensor | list[Tensor]) -> list[Tensor]:
+    """The codes of each stage, from what the op takes."""
+    return list(codes.unbind(-3)) if isinstance(codes, Tensor) else codes
 
 
 def _stage_sizes(num_codes: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
