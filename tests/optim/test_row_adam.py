@@ -175,6 +175,56 @@ def test_a_loaded_state_is_not_shared():
     assert all(torch.equal(optimizer.state[v]["exp_avg"], m) for v, m in zip(values, moments, strict=True))
 
 
+@pytest.mark.parametrize("way", [{}, {"fused": True}, {"foreach": True}], ids=["plain", "fused", "foreach"])
+@pytest.mark.parametrize("peer", [torch.optim.Adam, torch.optim.AdamW], ids=["Adam", "AdamW"])
+def test_takes_over_a_run_of_torch(peer, way):
+    """Its steps continue those of torch, with the moments and options of torch and rows of our own."""
+    values = parameters()
+    theirs = peer(values, lr=0.03, betas=(0.8, 0.95), weight_decay=0.1 if peer is torch.optim.AdamW else 0.0, **way)
+    for step in range(5):
+        set_gradients(values, step)
+        theirs.step()
+    taken = [v.detach().clone().requires_grad_() for v in values]
+    ours = RowAdam(taken, lr=9.0, lazy=True)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    group = ours.param_groups[0]
+    assert group.keys() == RowAdam(parameters()).param_groups[0].keys()
+    assert group["lr"] == 0.03 and group["betas"] == (0.8, 0.95) and group["lazy"] and not group["unit_norm"]
+    for step in range(5, 10):
+        for tensors, optimizer in ((values, theirs), (taken, ours)):
+            set_gradients(tensors, step)
+            optimizer.step()
+    torch.testing.assert_close(taken, values, rtol=2e-6, atol=2e-6)
+    assert not torch.allclose(ours.state[taken[1]]["exp_avg"], torch.zeros(40))
+
+
+def test_takes_over_torch_s_half_moments_in_float32():
+    weight = torch.randn(9, 33).bfloat16().requires_grad_()
+    theirs = torch.optim.Adam([weight])
+    set_gradients([weight], 0)
+    theirs.step()
+    ours = RowAdam([weight])
+    ours.load_state_dict(theirs.state_dict())
+    assert theirs.state[weight]["exp_avg"].dtype == torch.bfloat16
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert ours.state[weight][name].dtype == torch.float32
+        assert torch.equal(ours.state[weight][name], theirs.state[weight][name].float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amsgrad": True}, "state_dict has amsgrad=True; RowAdam has no amsgrad"),
+        ({"maximize": True}, "state_dict has maximize=True"),
+        ({"weight_decay": 0.1}, r"weight_decay=0\.1 as a part of the gradient.*RowAdam's is decoupled"),
+    ],
+)
+def test_what_torch_computes_otherwise_is_refused(options, message):
+    weight = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        RowAdam([weight]).load_state_dict(torch.optim.Adam([weight], **options).state_dict())
+
+
 def test_closures_schedules_and_hooks():
     weight, calls = torch.ones(3, requires_grad=True), []
     optimizer = RowAdam([weight], lr=0.5)

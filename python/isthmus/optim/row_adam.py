@@ -12,6 +12,10 @@ from isthmus import ops
 from isthmus.ops._arguments import accumulate_dtype
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ROW_OPTIONS = ("unit_norm", "lazy")
+# Those of torch.optim.Adam that change how a step is computed, and those that change what it computes.
+_WAYS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_FOREIGN = ("amsgrad", "maximize")
 
 
 class RowAdam(Optimizer):
@@ -26,6 +30,8 @@ class RowAdam(Optimizer):
     to rounding. Half parameters have float32 moments.
 
     A row is an entry of a parameter's first dimension; in a vector each element is a row.
+
+    A run of ``torch.optim.Adam`` or ``AdamW`` can be taken over: :meth:`load_state_dict` reads their state.
 
     Args:
         params: parameters or groups of them, each with options of its own.
@@ -105,11 +111,43 @@ class RowAdam(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that ``state_dict`` returned."""
+        """Take over the state of a ``RowAdam``, or of a ``torch.optim.Adam`` or ``AdamW`` of the same parameters.
+
+        Moments, steps and the options of groups become those of the state; torch knows no ``unit_norm`` and no
+        ``lazy``, so these stay as they are here. Training then goes on as torch's optimizer would, up to rounding;
+        moments of half parameters are float32 from there on. Torch cannot read the state of a ``RowAdam``.
+
+        Raises:
+            ValueError: the groups do not fit, or it is the state of what ``RowAdam`` does not compute: of ``amsgrad``,
+                ``maximize``, or a weight decay that is part of the gradient.
+        """
+        for saved in state_dict["param_groups"]:
+            _check_computes_the_same(saved)
+        ours = [{name: group[name] for name in _ROW_OPTIONS} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        # The base class has rounded the moments of half parameters to half.
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        for saved, group, options in zip(state_dict["param_groups"], self.param_groups, ours, strict=True):
+            for name in (*_WAYS, *_FOREIGN):
+                group.pop(name, None)
+            for name, value in options.items():
+                group.setdefault(name, value)
+            group["lr"] = float(group["lr"])
             for index, parameter in zip(saved["params"], group["params"], strict=True):
-                for name in _MOMENTS if index in state_dict["state"] else ():
+                if index not in state_dict["state"]:
+                    continue
+                state = self.state[parameter]
+                state["step"] = int(state["step"])
+                for name in _MOMENTS:
+                    # The base class has rounded the moments of half parameters to half.
                     moment = state_dict["state"][index][name]
-                    self.state[parameter][name] = moment.to(parameter.device, accumulate_dtype(parameter), copy=True)
+                    state[name] = moment.to(parameter.device, accumulate_dtype(parameter), copy=True)
+
+
+def _check_computes_the_same(group: dict[str, Any]) -> None:
+    for name in _FOREIGN:
+        if group.get(name):
+            raise ValueError(f"state_dict has {name}={group[name]}; RowAdam has no {name}")
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"state_dict has weight_decay={group['weight_decay']} as a part of the gradient, as torch.optim.Adam does; "
+            "RowAdam's is decoupled, as that of AdamW"
+        )
