@@ -57,6 +57,12 @@ MODULES = {
     "fsq": lambda: nn.FSQ((8, 5, 4), 12, num_codebooks=2, noise_dropout=0.3),
     "lfq": lambda: nn.LFQ(2**5, 12, num_codebooks=2, commitment_loss_weight=0.5, soft_clamp_input_value=3.0),
     "bsq": lambda: nn.LFQ(spherical=True, dim=12, batch_entropy="factorized"),
+    "residual-fsq": lambda: nn.GroupedResidualFSQ(
+        (5, 4, 2), 12, num_quantizers=3, groups=2, quantize_dropout=True, orthogonal_rotation=True
+    ),
+    "residual-lfq": lambda: nn.ResidualLFQ(
+        2**5, 12, num_quantizers=3, quantize_dropout=True, projection_has_bias=False, keep_num_codebooks_dim=True
+    ),
     "latent": lambda: nn.LatentQuantizer((5, 4, 7), 12),
     "binary": lambda: nn.BinaryMapper(12, kl_loss_threshold=0.0),
     "binary-gumbel": lambda: nn.BinaryMapper(5, 12, gradient="gumbel", temperature=0.5),

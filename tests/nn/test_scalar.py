@@ -48,6 +48,46 @@ def test_any_layout_gives_the_same_codes(make, num_codebooks, shape):
 
 
 @every_quantizer
+def test_options_of_the_layout(make):
+    """A dimension of one codebook, projections without bias, and a rotation that leaves quantization where it was."""
+    quantizer = make(dim=16, keep_num_codebooks_dim=True, projection_has_bias=False, orthogonal_rotation=True).eval()
+    x, key = torch.randn(2, 5, 16), isthmus.key(0)
+    extra = {"key": key} if isinstance(quantizer, nn.BinaryMapper) else {}
+    out = quantizer(x, **extra)
+    assert out.indices.shape == (2, 5, 1)
+    assert quantizer.get_codes(out.indices).shape == (2, 5, 1, quantizer.codebook_dim)
+    torch.testing.assert_close(quantizer.decode(out.indices), out.quantized)
+    assert set(quantizer.state_dict()) - {"codebooks"} == {
+        "rotation",
+        "layout.project_in.weight",
+        "layout.project_out.weight",
+    }
+    identity = torch.eye(quantizer.codebook_dim)
+    torch.testing.assert_close(quantizer.rotation @ quantizer.rotation.T, identity)
+    # The rotation as part of the projections.
+    plain = make(dim=16, projection_has_bias=False).eval()
+    plain.load_state_dict(quantizer.state_dict(), strict=False)
+    with torch.no_grad():
+        plain.layout.project_in.weight.copy_(quantizer.rotation.T @ quantizer.layout.project_in.weight)
+        plain.layout.project_out.weight.copy_(quantizer.layout.project_out.weight @ quantizer.rotation)
+    torch.testing.assert_close(plain(x, **extra).quantized, out.quantized)
+
+
+@pytest.mark.parametrize("make", [QUANTIZERS[name] for name in ("fsq", "fsq-symmetric", "lfq", "bsq")])
+def test_codes_know_their_indices(make):
+    quantizer = make()
+    indices = torch.arange(quantizer.codebook_size)
+    assert torch.equal(quantizer.get_indices(quantizer.get_codes(indices)), indices)
+
+
+def test_levels_of_an_index():
+    quantizer = nn.FSQ((8, 5, 4))
+    digits = torch.cartesian_prod(torch.arange(4), torch.arange(5), torch.arange(8)).flip(-1)
+    assert torch.equal(quantizer.get_level_indices(torch.arange(160)), digits)
+    assert quantizer.get_level_indices(torch.tensor([-1])).tolist() == [[-1, -1, -1]]
+
+
+@every_quantizer
 def test_padding_changes_nothing(make):
     quantizer = make(dim=16, num_codebooks=2)
     x, mask = torch.randn(4, 10, 16), torch.rand(4, 10) < 0.6
@@ -139,6 +179,7 @@ def test_free_bits_of_the_binary_mapper():
         (lambda: nn.LFQ(2**30), "factorized"),
         (lambda: nn.LFQ(8, batch_entropy="mean"), "batch_entropy is 'mean'"),
         (lambda: nn.LatentQuantizer((3,), quantization_loss_weight=0.0), "quantization_loss_weight is 0"),
+        (lambda: nn.FSQ((3, 3), num_codebooks=2, keep_num_codebooks_dim=False), "keep_num_codebooks_dim is False"),
         (lambda: nn.FSQ((3, 3))(torch.zeros(4, 3)), "expected \\[..., 2\\]"),
     ],
 )

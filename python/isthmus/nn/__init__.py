@@ -10,10 +10,13 @@ from .codebook_features import CodebookFeatures, CodebookFeaturesOutput
 from .codebook_losses import CodeDiversity, CodeOrthogonality, CommitmentCrossEntropy
 from .codebook_transforms import AffineCodebook, ResidualSimVQ, SimVQ
 from .gaussian import GaussianBottleneck, GaussianBottleneckOutput
+from .hierarchical import HierarchicalVQ, HierarchicalVQOutput
 from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
+from .lookup_free import LFQ, LFQOutput
 from .random_projection import RandomProjectionQuantizer
 from .residual import GroupedResidualVQ, ResidualVQ, ResidualVQOutput
-from .scalar import FSQ, LFQ, BinaryMapper, LatentQuantizer, LFQOutput, ScalarQuantizerOutput
+from .residual_scalar import GroupedResidualFSQ, GroupedResidualLFQ, ResidualFSQ, ResidualLFQ
+from .scalar import FSQ, BinaryMapper, LatentQuantizer, ScalarQuantizerOutput
 from .sparse import KSparseAutoencoder, SAEOutput, TopKSAE
 from .sparse_batch import BatchTopKSAE, MatryoshkaSAE
 from .sparse_matching import FeatureMatches, match_features
@@ -37,7 +40,11 @@ __all__ = [
     "GatedSAE",
     "GaussianBottleneck",
     "GaussianBottleneckOutput",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "HierarchicalVQ",
+    "HierarchicalVQOutput",
     "JumpReLUSAE",
     "KSparseAutoencoder",
     "KeyValueBottleneck",
@@ -47,6 +54,8 @@ __all__ = [
     "MatryoshkaSAE",
     "RandomProjectionQuantizer",
     "ReLUSAE",
+    "ResidualFSQ",
+    "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",
     "ResidualVQOutput",

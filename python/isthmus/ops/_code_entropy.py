@@ -86,10 +86,11 @@ def bit_entropy(bit_counts: Tensor, rows: Tensor | float) -> Tensor:
 
 
 def code_entropy(code_counts: Tensor) -> Tensor:
-    """The entropy, in nats, of codes in proportion to their counts: [..., K] to [...].
+    """The entropy, in nats, of codes in proportion to their counts: [..., K] to [...]; 0 where nothing was counted.
 
     Example:
         >>> code_entropy(torch.tensor([2.0, 2.0, 0.0]))
         tensor(0.6931)
     """
-    return -_plogp(code_counts / code_counts.sum(-1, keepdim=True)).sum(-1)
+    total = code_counts.sum(-1, keepdim=True)
+    return -_plogp(code_counts / torch.where(total == 0, 1.0, total)).sum(-1)
