@@ -15,6 +15,18 @@ class SelfTranscoder(nn.Transcoder):
         return super().forward(x, x.flip(-1)[..., :7])
 
 
+class OfMaps(torch.nn.Module):
+    """A quantizer of feature maps, of which the vectors make two."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x):
+        quantized, indices, loss = self.quantizer(x.view(2, 12, 12).movedim(-1, 1).unflatten(-1, (3, 4)))
+        return quantized, *indices, loss
+
+
 MODULES = {
     "gaussian": lambda: nn.GaussianBottleneck(12, 6),
     "codebook-ema": lambda: nn.VectorQuantizer(16, 12, decay=0.5, revive_below=0.5),
@@ -52,6 +64,10 @@ MODULES = {
     "residual-directional": lambda: nn.ResidualVQ((16, 8), 12, learning="gradient", gradient="directional"),
     "residual-simvq": lambda: nn.ResidualSimVQ(16, 12, 3, groups=2, quantize_dropout=True),
     "simvq": lambda: nn.SimVQ(16, 12),
+    "hierarchical": lambda: OfMaps(nn.HierarchicalVQ(16, 12, (1, 2, (3, 4)), decay=0.5, revive_below=0.5)),
+    "hierarchical-gradient": lambda: OfMaps(
+        nn.HierarchicalVQ(16, 12, (2, (3, 4)), learning="gradient", codebook_dim=5, share_quant_resi=0)
+    ),
     "key-value": lambda: nn.KeyValueBottleneck(16, 12, 3, heads=4, key_dim=5, decay=0.5, revive_below=0.5),
     "codebook-features": lambda: nn.CodebookFeatures(16, 12, 4),
     "fsq": lambda: nn.FSQ((8, 5, 4), 12, num_codebooks=2, noise_dropout=0.3),
