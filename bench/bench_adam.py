@@ -14,7 +14,7 @@ from torch import Tensor
 from isthmus import optim
 
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
-SHAPES = shapes({"F": 2048, "D": 128}, large=({"F": 24576, "D": 768}, {"F": 131072, "D": 256}))
+SHAPES = shapes({"F": 2048, "D": 128}, large=({"F": 24576, "D": 768},))
 
 
 def project(grad: Tensor, weight: Tensor) -> Tensor:
