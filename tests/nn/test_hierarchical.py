@@ -161,7 +161,7 @@ def test_an_empty_batch():
         ({"quant_resi": 1.5}, "quant_resi"),
         ({"share_quant_resi": 3}, "share_quant_resi must be 0 to 2"),
         ({"gradient": "gumbel"}, "gradient"),
-        ({"heads": 2}, "no option heads"),
+        ({"heads": 2}, "got heads"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, match):

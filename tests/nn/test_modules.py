@@ -63,6 +63,7 @@ MODULES = {
     ),
     "residual-directional": lambda: nn.ResidualVQ((16, 8), 12, learning="gradient", gradient="directional"),
     "residual-simvq": lambda: nn.ResidualSimVQ(16, 12, 3, groups=2, quantize_dropout=True),
+    "qinco": lambda: nn.QINCo((16, 8), 12, hidden_dim=10, quantize_dropout=True, revive_below=0.5),
     "simvq": lambda: nn.SimVQ(16, 12),
     "hierarchical": lambda: OfMaps(nn.HierarchicalVQ(16, 12, (1, 2, (3, 4)), decay=0.5, revive_below=0.5)),
     "hierarchical-gradient": lambda: OfMaps(

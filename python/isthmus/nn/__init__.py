@@ -11,6 +11,7 @@ from .codebook_losses import CodeDiversity, CodeOrthogonality, CommitmentCrossEn
 from .codebook_transforms import AffineCodebook, ResidualSimVQ, SimVQ
 from .gaussian import GaussianBottleneck, GaussianBottleneckOutput
 from .hierarchical import HierarchicalVQ, HierarchicalVQOutput
+from .implicit_codebook import QINCo
 from .key_value import KeyValueBottleneck, KeyValueBottleneckOutput
 from .lookup_free import LFQ, LFQOutput
 from .random_projection import RandomProjectionQuantizer
@@ -52,6 +53,7 @@ __all__ = [
     "LFQOutput",
     "LatentQuantizer",
     "MatryoshkaSAE",
+    "QINCo",
     "RandomProjectionQuantizer",
     "ReLUSAE",
     "ResidualFSQ",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -214,6 +214,13 @@ class Codebook(nn.Module):
         if len(set(self.sizes)) == 1:
             return [None if flat is None else flat.view(len(self.sizes), self.sizes[0], *flat.shape[1:])]
         return [None] * len(self.sizes) if flat is None else list(flat.split(self.sizes))
+
+
+def check_options(options: Mapping[str, Any], known: Set[str]) -> None:
+    """Raise ``ValueError`` if there are others than those that are ``known``."""
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"options are {', '.join(sorted(known))}; got {', '.join(unknown)}")
 
 
 def check_update(update: str) -> None:

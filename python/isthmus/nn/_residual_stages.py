@@ -15,6 +15,11 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 """Values, indices and squared errors."""
 
 
+def stage_books(codebooks: Tensor | list[Tensor]) -> list[Tensor]:
+    """The codes of each stage, from what ``ops.residual_vq_quantize`` takes: ``[..., Q, K, d]`` or a list of them."""
+    return list(codebooks.unbind(-3)) if isinstance(codebooks, Tensor) else codebooks
+
+
 def quantize_stages(
     rows: Tensor,
     count: int,

@@ -12,12 +12,23 @@ from torch.nn import functional as F
 from isthmus import ops
 
 from ._codebook_gradient import check_gradient, gather
-from ._codebook_learning import check_update, snapshot
+from ._codebook_learning import check_options, check_update, snapshot
 from ._residual_stages import quantize_each
 from .codebook import VectorQuantizer
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _INTERPOLATIONS = "linear", "bicubic", "trilinear"
+_OPTIONS = {
+    "learning",
+    "codebook_dim",
+    "layernorm_after_project_in",
+    "commitment_weight",
+    "decay",
+    "eps",
+    "revive_below",
+    "freeze_codebook",
+    "sync_codebook",
+}
 
 
 class HierarchicalVQOutput(NamedTuple):
@@ -46,7 +57,7 @@ class HierarchicalVQ(VectorQuantizer):
             size of x.
         spatial_dims: how many sides maps have: 1, 2 or 3.
         quant_resi: how much of φ is convolution: φ(h) = (1 − quant_resi) · h + quant_resi · conv(h); 0 leaves it out.
-        share_quant_resi: how many φ there are; scales take turns in order. 0 is one for each scale.
+        share_quant_resi: how many φ there are; neighbouring scales share one. 0 is one for each scale.
         gradient: ``"straight_through"`` or ``"rotation"``.
         options: ``learning``, ``codebook_dim``, ``layernorm_after_project_in``, ``commitment_weight``, ``decay``,
             ``eps``, ``revive_below``, ``freeze_codebook`` and ``sync_codebook``, as in :class:`VectorQuantizer`.
@@ -95,9 +106,7 @@ class HierarchicalVQ(VectorQuantizer):
                 f"share_quant_resi must be 0 to {len(sizes)}, the number of scales, got {share_quant_resi}"
             )
         check_gradient(gradient, ("straight_through", "rotation"))
-        unknown = sorted(options.keys() - _OPTIONS)
-        if unknown:
-            raise ValueError(f"HierarchicalVQ has no option {', '.join(unknown)}; it has {', '.join(sorted(_OPTIONS))}")
+        check_options(options, _OPTIONS)
         super().__init__(num_codes, dim, gradient=gradient, channel_first=True, **options)
         self.scales = tuple(sizes)
         self.quant_resi = quant_resi
@@ -166,24 +175,11 @@ class HierarchicalVQ(VectorQuantizer):
             part = F.interpolate(part, tuple(size), mode=_INTERPOLATIONS[len(size) - 1], align_corners=False)
         if not self.convolutions:
             return part
-        turn = k * len(self.convolutions) // len(self.scales)
-        return torch.lerp(part, self.convolutions[turn](part).to(part.dtype), self.quant_resi)
+        shared = k * len(self.convolutions) // len(self.scales)
+        return torch.lerp(part, self.convolutions[shared](part).to(part.dtype), self.quant_resi)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scales={self.scales}, quant_resi={self.quant_resi}"
-
-
-_OPTIONS = {
-    "learning",
-    "codebook_dim",
-    "layernorm_after_project_in",
-    "commitment_weight",
-    "decay",
-    "eps",
-    "revive_below",
-    "freeze_codebook",
-    "sync_codebook",
-}
 
 
 def _rows(features: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from isthmus import ops
 from ._codebook_gradient import check_gradient, directional, fused, gather
 from ._codebook_layout import VectorLayout
 from ._codebook_learning import Codebook, check_update, embed, mean_of_live, pick, snapshot
-from ._residual_stages import Quantized, quantize_stages
+from ._quantizer_dropout import QuantizerDropout
+from ._residual_stages import Quantized, quantize_stages, stage_books
 
 
 class ResidualVQOutput(NamedTuple):
@@ -117,15 +118,9 @@ class ResidualVQ(Codebook):
             raise ValueError(f"directional_variance must not be negative, got {directional_variance}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"shared_codebook needs stages of one size, got num_codes={sizes}")
-        if not 0 <= quantize_dropout_cutoff_index < len(sizes):
-            raise ValueError(
-                f"quantize_dropout_cutoff_index must be a stage, 0 to {len(sizes) - 1}, "
-                f"got {quantize_dropout_cutoff_index}"
-            )
         for name, value in (
             ("beam_size", beam_size),
             ("eval_beam_size", beam_size if eval_beam_size is None else eval_beam_size),
-            ("quantize_dropout_multiple_of", quantize_dropout_multiple_of),
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -156,9 +151,12 @@ class ResidualVQ(Codebook):
         self.gradient = gradient
         self.directional_variance = directional_variance
         self.commitment_weight = commitment_weight
-        self.quantize_dropout = quantize_dropout
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self.dropout = QuantizerDropout(
+            len(sizes),
+            quantize_dropout=quantize_dropout,
+            quantize_dropout_cutoff_index=quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of=quantize_dropout_multiple_of,
+        )
         self.beam_size = beam_size
         self.eval_beam_size = eval_beam_size
         self.layout = layout
@@ -186,8 +184,7 @@ class ResidualVQ(Codebook):
         check_update(update)
         mask = self.layout.mask(x, mask, lengths)
         rows = self.layout.rows(x, self.codebook.dtype)
-        if stages is None and self.training and self.quantize_dropout:
-            stages = self._draw_stages(x)
+        stages = self.dropout(self.layout.leading(x), x.device) if stages is None else stages
         stages = self.layout.spread(stages) if isinstance(stages, Tensor) and stages.dim() > 0 else stages
         quantized, indices, error = self._quantize(rows, stages, mask)
         if self.learns:
@@ -248,7 +245,7 @@ class ResidualVQ(Codebook):
         codes = self._stage_codes()
         quantized, indices, error = self._search(rows, codes, stages, mask)
         if self.training and self.gradient == "directional":
-            picked = [gather(book, index) for book, index in zip(_unbind(codes), indices.unbind(-1), strict=True)]
+            picked = [gather(book, index) for book, index in zip(stage_books(codes), indices.unbind(-1), strict=True)]
             total = torch.stack(picked).sum(dim=0)
             quantized = directional(rows, total, indices[..., 0] >= 0, self.directional_variance)
         return quantized, indices, error
@@ -257,7 +254,7 @@ class ResidualVQ(Codebook):
         self, rows: Tensor, codes: Tensor | list[Tensor], stages: Tensor | int | None, mask: Tensor | None
     ) -> Quantized:
         if self.gradient == "directional":
-            codes = [book.detach() for book in _unbind(codes)]
+            codes = [book.detach() for book in stage_books(codes)]
         if self.metric == "euclidean":
             return ops.residual_vq_quantize(
                 rows,
@@ -268,7 +265,7 @@ class ResidualVQ(Codebook):
                 stages=stages,
                 mask=mask,
             )
-        books = _unbind(codes)
+        books = stage_books(codes)
 
         def by_direction(stage: int, residual: Tensor, known: Tensor, live: Tensor) -> Quantized:
             return ops.vq_quantize(
@@ -288,14 +285,6 @@ class ResidualVQ(Codebook):
             return self.stage_list(codebook)
         lead = (self.groups,) if self.groups > 1 else ()
         return codebook.view(*lead, self.num_quantizers, self.num_codes[0], -1)
-
-    def _draw_stages(self, x: Tensor) -> Tensor:
-        """For each entry of the batch how many stages it keeps, as ``x`` without D."""
-        first, multiple = self.quantize_dropout_cutoff_index + 1, self.quantize_dropout_multiple_of
-        leading = self.layout.leading(x)
-        stages = torch.randint(first, self.num_quantizers + 1, leading[:1], device=x.device)
-        stages = ((stages + multiple - 1) // multiple * multiple).clamp_max(self.num_quantizers)
-        return stages.view(*leading[:1], *[1] * (len(leading) - 1)).expand(leading)
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, indices: Tensor, update: str, code_weight: Tensor | None) -> None:
@@ -380,11 +369,6 @@ class GroupedResidualVQ(ResidualVQ):
         **options: Any,
     ) -> None:
         super().__init__(num_codes, dim, num_quantizers, groups=groups, **options)
-
-
-def _unbind(codes: Tensor | list[Tensor]) -> list[Tensor]:
-    """The codes of each stage, from what the op takes."""
-    return list(codes.unbind(-3)) if isinstance(codes, Tensor) else codes
 
 
 def _stage_sizes(num_codes: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
