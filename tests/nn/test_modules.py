@@ -61,6 +61,7 @@ MODULES = {
     "residual-cosine": lambda: nn.ResidualVQ(
         16, 12, 3, metric="cosine", gradient="rotation", quantize_dropout=True, decay=0.5, revive_below=0.5
     ),
+    "residual-sampled": lambda: nn.ResidualVQ(16, 12, 2, groups=2, sample_temperature=0.5, decay=0.5),
     "residual-directional": lambda: nn.ResidualVQ((16, 8), 12, learning="gradient", gradient="directional"),
     "residual-simvq": lambda: nn.ResidualSimVQ(16, 12, 3, groups=2, quantize_dropout=True),
     "qinco": lambda: nn.QINCo((16, 8), 12, hidden_dim=10, quantize_dropout=True, revive_below=0.5),

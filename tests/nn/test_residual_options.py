@@ -138,6 +138,37 @@ def test_evaluation_may_search_with_a_wider_beam():
     assert torch.equal(wide, quantizer.encode(x))
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_stages_draw_codes_by_what_is_left(metric):
+    quantizer = residual_vq(4, 2, 2, metric=metric, sample_temperature=0.7, freeze_codebook=True, eval_beam_size=1)
+    row, books = torch.randn(2, dtype=torch.float64), quantizer.stage_list()
+    out = quantizer(row.expand(20000, 2))
+    torch.testing.assert_close(out.quantized, quantizer.decode(out.indices))
+
+    def probabilities(residual, book):
+        cosine = normalize(residual, dim=-1) @ normalize(book, dim=-1).T
+        score = cosine if metric == "cosine" else -(residual - book).square().sum(-1)
+        return (score / 0.7).softmax(-1)
+
+    first = probabilities(row, books[0])
+    expected = torch.stack([p * probabilities(row - c, books[1]) for p, c in zip(first, books[0], strict=True)])
+    frequency = (4 * out.indices[:, 0] + out.indices[:, 1]).bincount(minlength=16).view(4, 4) / 20000
+    torch.testing.assert_close(frequency.double(), expected, rtol=0.0, atol=0.02)
+    assert quantizer.eval()(row.expand(100, 2)).indices.unique(dim=0).shape == (1, 2)
+
+
+def test_codes_that_were_drawn_are_learned_from_but_not_beyond_their_mask():
+    quantizer = residual_vq(4, 3, 2, sample_temperature=5.0, decay=0.0, revive_below=0.0, groups=1)
+    books, x = [book.clone() for book in quantizer.stage_list()], torch.randn(40, 3, dtype=torch.float64)
+    mask = torch.arange(40) < 30
+    indices = quantizer(x, mask=mask).indices
+    assert (indices[30:] == -1).all()
+    assert (indices[:30] >= 0).all()
+    for q, rows in enumerate([x, x - books[0][indices[:, 0]]]):
+        for k in indices[:30, q].unique():
+            torch.testing.assert_close(quantizer.stage_list()[q][k], rows[:30][indices[:30, q] == k].mean(0))
+
+
 # ---- codebooks behind layers -----------------------------------------------------------------------------------------
 
 
@@ -190,6 +221,9 @@ def test_residual_simvq_that_is_frozen_or_asked_for_kmeans():
         ({"eval_beam_size": 0}, "eval_beam_size"),
         ({"gradient": "gumbel"}, "gradient must be one of"),
         ({"directional_variance": -1.0}, "directional_variance"),
+        ({"sample_temperature": -1.0}, "sample_temperature"),
+        ({"sample_temperature": 1.0, "gradient": "rotation"}, "rotation"),
+        ({"sample_temperature": 1.0, "beam_size": 3}, "eval_beam_size=3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, match):

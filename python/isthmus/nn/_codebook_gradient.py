@@ -17,6 +17,19 @@ def check_gradient(gradient: str, choices: Sequence[str] = ("straight_through", 
         raise ValueError(f"gradient must be one of {', '.join(map(repr, choices))}, got {gradient!r}")
 
 
+def check_sampling(sample_temperature: float, gradient: str) -> None:
+    """Raise ``ValueError`` if codes are to be drawn that gradients cannot be rotated onto."""
+    if sample_temperature > 0.0 and gradient == "rotation":
+        raise ValueError("gradient='rotation' needs the nearest code: rotating onto a sampled one diverges")
+
+
+def check_not_negative(**options: float) -> None:
+    """Raise ``ValueError`` unless all are numbers from 0 on."""
+    for name, value in options.items():
+        if not value >= 0.0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def fused(gradient: str) -> str:
     """What to ask of the op that searches: its own ways, or one to be replaced."""
     return gradient if gradient == "rotation" else "straight_through"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from isthmus import ops
 
-from ._codebook_gradient import check_gradient, directional, fused, gather
+from ._codebook_gradient import check_gradient, check_not_negative, check_sampling, directional, fused, gather
 from ._codebook_layout import VectorLayout
 from ._codebook_learning import Codebook, check_update, embed, mean_of_live, pick, snapshot
 
@@ -153,15 +153,12 @@ class VectorQuantizer(Codebook):
         if metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
         check_gradient(gradient, ("straight_through", "rotation", "directional", "gumbel"))
-        for name, value in (
-            ("directional_variance", directional_variance),
-            ("sync_update_v", sync_update_v),
-            ("sample_temperature", sample_temperature),
-        ):
-            if not value >= 0.0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if sample_temperature > 0.0 and gradient == "rotation":
-            raise ValueError("gradient='rotation' needs the nearest code: rotating onto a sampled one diverges")
+        check_not_negative(
+            directional_variance=directional_variance,
+            sync_update_v=sync_update_v,
+            sample_temperature=sample_temperature,
+        )
+        check_sampling(sample_temperature, gradient)
         if sample_temperature == 0.0 and gradient == "gumbel":
             raise ValueError("gradient='gumbel' needs sample_temperature above 0, got 0")
         if sync_update_v > 0.0 and learning != "gradient":

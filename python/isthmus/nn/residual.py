@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isthmus import ops
 
-from ._codebook_gradient import check_gradient, directional, fused, gather
+from ._codebook_gradient import check_gradient, check_not_negative, check_sampling, directional, fused, gather
 from ._codebook_layout import VectorLayout
 from ._codebook_learning import Codebook, check_update, embed, mean_of_live, pick, snapshot
 from ._quantizer_dropout import QuantizerDropout
@@ -54,6 +54,8 @@ class ResidualVQ(Codebook):
         beam_size: sequences of codes that the search keeps from stage to stage; ``"euclidean"`` only.
         eval_beam_size: the same outside of training. Default: ``beam_size``.
         metric: ``"euclidean"`` or ``"cosine"``, see above.
+        sample_temperature: above 0, every stage draws its codes in training, as :class:`VectorQuantizer` does. Stages
+            then run one after the other.
         gradient: ``"straight_through"``, ``"rotation"`` or ``"directional"``, as in :class:`VectorQuantizer`, with
             the sum of the codes as the code.
         learning, directional_variance, codebook_dim, layernorm_after_project_in, channel_first, commitment_weight,
@@ -93,6 +95,7 @@ class ResidualVQ(Codebook):
         metric: str = "euclidean",
         gradient: str = "straight_through",
         directional_variance: float = 5e-3,
+        sample_temperature: float = 0.0,
         codebook_dim: int | None = None,
         layernorm_after_project_in: bool = False,
         channel_first: bool = False,
@@ -114,8 +117,10 @@ class ResidualVQ(Codebook):
             raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
         if metric == "cosine" and max(beam_size, eval_beam_size or 1) > 1:
             raise ValueError("metric='cosine' searches without a beam: sequences compare by the error that they leave")
-        if not directional_variance >= 0.0:
-            raise ValueError(f"directional_variance must not be negative, got {directional_variance}")
+        check_not_negative(directional_variance=directional_variance, sample_temperature=sample_temperature)
+        check_sampling(sample_temperature, gradient)
+        if sample_temperature > 0.0 and beam_size > 1:
+            raise ValueError(f"codes that are drawn need no beam: give eval_beam_size={beam_size}, not beam_size")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"shared_codebook needs stages of one size, got num_codes={sizes}")
         for name, value in (
@@ -150,6 +155,7 @@ class ResidualVQ(Codebook):
         self.metric = metric
         self.gradient = gradient
         self.directional_variance = directional_variance
+        self.sample_temperature = sample_temperature
         self.commitment_weight = commitment_weight
         self.dropout = QuantizerDropout(
             len(sizes),
@@ -255,7 +261,8 @@ class ResidualVQ(Codebook):
     ) -> Quantized:
         if self.gradient == "directional":
             codes = [book.detach() for book in stage_books(codes)]
-        if self.metric == "euclidean":
+        sampled = self.training and self.sample_temperature > 0.0
+        if self.metric == "euclidean" and not sampled:
             return ops.residual_vq_quantize(
                 rows,
                 codes,
@@ -267,13 +274,23 @@ class ResidualVQ(Codebook):
             )
         books = stage_books(codes)
 
-        def by_direction(stage: int, residual: Tensor, known: Tensor, live: Tensor) -> Quantized:
+        def quantize(stage: int, residual: Tensor, known: Tensor, live: Tensor) -> Quantized:
+            book, index = books[stage], None
+            if sampled:
+                index = ops.vq_sample(
+                    residual, book, metric=self.metric, temperature=self.sample_temperature, mask=live
+                )
             return ops.vq_quantize(
-                residual, books[stage], metric="cosine", commitment_weight=self.commitment_weight, mask=live
+                residual,
+                book,
+                metric=self.metric,
+                commitment_weight=self.commitment_weight,
+                mask=None if sampled else live,
+                indices=index,
             )
 
         return quantize_stages(
-            rows, self.num_quantizers, by_direction, gradient=fused(self.gradient), stages=stages, mask=mask
+            rows, self.num_quantizers, quantize, gradient=fused(self.gradient), stages=stages, mask=mask
         )
 
     def _stage_codes(self) -> Tensor | list[Tensor]:
