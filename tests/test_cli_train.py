@@ -194,6 +194,14 @@ def test_every_kind_learns_resumes_and_is_judged(shards, tmp_path, monkeypatch, 
     assert type(sae).__name__ == KINDS[kind][0]
 
 
+def test_a_target_l0_is_met(shards, tmp_path):
+    result = train(shards, tmp_path / "run", kind="jumprelu", target_l0=2, steps=200)
+    assert result.exit_code == 0, result.output
+    last = lines(tmp_path / "run")[-1]
+    assert last["l0"] == pytest.approx(2, rel=0.2)
+    assert last["explained_variance"] > 0.7
+
+
 def test_resuming_a_finished_run_changes_nothing(shards, tmp_path):
     train(shards, tmp_path / "run", steps=20)
     before = load_file(tmp_path / "run" / "sae.safetensors"), lines(tmp_path / "run")
@@ -210,6 +218,8 @@ def test_resuming_a_finished_run_changes_nothing(shards, tmp_path):
         ({"kind": "relu", "k": 2}, "kind relu has no k; it has aux_k, sparsity"),
         ({"sparsity": 0.1}, "kind topk has no sparsity; it has aux_k, k"),
         ({"levels": 2}, "kind topk has no levels"),
+        ({"kind": "gated", "target_l0": 2}, "kind gated has no target_l0; it has sparsity"),
+        ({"kind": "jumprelu", "target_l0": 25}, r"target_l0 must be in \(0, num_features=24\], got 25"),
         ({"k": 2.5}, r"k must be a whole number for kind topk, got 2\.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": 20}, r"warmup is a fraction of the steps, in \[0, 1\], got 20"),

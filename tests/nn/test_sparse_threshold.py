@@ -56,18 +56,24 @@ class Step(torch.autograd.Function):
         return None, (-1.0 / ctx.bandwidth * near * grad).sum(0), None
 
 
-def test_jumprelu_equals_the_dense_formula_with_its_pseudo_derivatives(x):
-    sae = shaken(nn.JumpReLUSAE(8, 24, threshold=0.7, bandwidth=0.4, sparsity_weight=0.05))
+@pytest.mark.parametrize("target", [None, 5.0], ids=["l0", "target_l0"])
+@pytest.mark.parametrize("bandwidth", [0.4, None], ids=["fixed", "own"])
+def test_jumprelu_equals_the_dense_formula_with_its_pseudo_derivatives(x, bandwidth, target):
+    options = {"threshold": 0.7, "bandwidth": bandwidth, "target_l0": target}
+    sae = shaken(nn.JumpReLUSAE(8, 24, sparsity_weight=0.05, **options))
     out = sae(x)
     rows = x.flatten(0, 1)
     activation, threshold = scores(sae, rows), sae.log_threshold.exp()
-    code = Jump.apply(activation, threshold, 0.4)
+    width = threshold.detach() if bandwidth is None else bandwidth
+    code = Jump.apply(activation, threshold, width)
     torch.testing.assert_close(dense_code(out, 24), code)
-    active = Step.apply(activation, threshold, 0.4).sum(-1).mean()
-    assert_same_loss(out.sparsity_loss, active, sae)
+    active = Step.apply(activation, threshold, width).sum(-1).mean()
+    penalty = active if target is None else (active / target - 1) ** 2
+    assert_same_loss(out.sparsity_loss, penalty, sae)
     error = unexplained(rows - code @ sae.decoder_weight - sae.pre_bias, rows)
     assert_same_loss(out.reconstruction_loss, error, sae)
-    assert_same_loss(out.loss, error + 0.05 * active, sae)
+    assert_same_loss(out.loss, error + 0.05 * penalty, sae)
+    assert sae.eval()(x).sparsity_loss.item() == pytest.approx(penalty.item())
     assert torch.equal(sae.idle == 0, (code > 0).any(0))  # what is near the threshold but below has not fired
 
 
@@ -91,6 +97,80 @@ def test_jumprelu_evaluation_has_no_entries_of_value_0(x):
     assert (out.values > 0).all()
     activation = scores(sae, x.flatten(0, 1))
     torch.testing.assert_close(dense_code(out, 24), activation * (activation > sae.log_threshold.exp()))
+
+
+def trained_l0(scale=1.0, steps=300, **options):
+    """Features per row in evaluation, at the start and after training, of sums of few directions."""
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(40, 16), dim=-1)
+
+    def sample():
+        weights = torch.rand(256, 40) * (torch.rand(256, 40) < 0.08)
+        rows = weights @ directions
+        return rows * (scale * (16 / rows.square().sum(-1).mean()).sqrt())
+
+    sae = nn.JumpReLUSAE(16, 64, **options)
+    sae.init_from(sample())
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    sae.keep_unit_norm(optimizer)
+    found = []
+    for step in range(steps + 1):
+        if step in (0, steps):
+            found.append(len(sae.eval()(sample()).values) / 256)
+        sae.train()
+        optimizer.zero_grad()
+        sae(sample()).loss.backward()
+        optimizer.step()
+    return found
+
+
+def test_jumprelu_l0_answers_to_the_penalty():
+    """Defect: with a bandwidth far below the scores hardly an entry meets it, and penalties change next to nothing."""
+    weak, medium, strong = (trained_l0(sparsity_weight=weight)[1] for weight in (None, 0.01, 0.1))
+    assert medium < 0.75 * weak
+    assert strong < 0.75 * medium
+
+
+@pytest.mark.parametrize("target", [4, 8])
+def test_jumprelu_arrives_at_the_l0_that_is_asked_for(target):
+    assert trained_l0(target_l0=target)[1] == pytest.approx(target, rel=0.15)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_jumprelu_begins_at_the_l0_that_is_asked_for_at_any_scale(scale):
+    assert trained_l0(scale, steps=0, target_l0=4)[0] == pytest.approx(4, rel=0.15)
+
+
+def test_jumprelu_start_keeps_the_features_that_it_was_fitted_to(x):
+    """Defect: scaling the encoder alone moves all scores to one side of the thresholds."""
+    sae = nn.JumpReLUSAE(8, 24, threshold=0.5).double().eval()
+    with torch.no_grad():
+        sae.pre_bias.copy_(x.flatten(0, 1).mean(0))
+    before = dense_code(sae(x), 24) > 0
+    with torch.no_grad():
+        sae._scale_scores(torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(dense_code(sae(x), 24) > 0, before)
+
+
+def test_a_start_that_finds_nothing_leaves_the_encoder(x):
+    sae = nn.JumpReLUSAE(8, 24, threshold=1e6).double()
+    before = sae.encoder_weight.clone()
+    sae.init_from(x)
+    assert torch.equal(sae.encoder_weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold must be positive, got 0\.0"),
+        ({"bandwidth": -1.0}, r"bandwidth must be positive, got -1\.0"),
+        ({"target_l0": 0}, r"target_l0 must be in \(0, num_features=24\], got 0"),
+        ({"target_l0": 25}, "target_l0 must be in .*, got 25"),
+    ],
+)
+def test_jumprelu_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.JumpReLUSAE(8, 24, **options)
 
 
 def test_gated_equals_the_dense_formula(x):

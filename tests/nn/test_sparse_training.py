@@ -22,7 +22,7 @@ MODELS = {
     "batch": lambda: nn.BatchTopKSAE(DIM, 2 * TRUE, ACTIVE, dead_after=5 * ROWS),
     "matryoshka": lambda: nn.MatryoshkaSAE(DIM, (TRUE, 2 * TRUE), ACTIVE, dead_after=5 * ROWS),
     "relu": lambda: nn.ReLUSAE(DIM, 2 * TRUE, sparsity_weight=0.05),
-    "jumprelu": lambda: nn.JumpReLUSAE(DIM, 2 * TRUE, sparsity_weight=0.02, threshold=0.1, bandwidth=0.2),
+    "jumprelu": lambda: nn.JumpReLUSAE(DIM, 2 * TRUE, target_l0=ACTIVE),
     "gated": lambda: nn.GatedSAE(DIM, 2 * TRUE, sparsity_weight=0.5),
 }
 

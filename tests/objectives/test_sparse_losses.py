@@ -54,6 +54,14 @@ def test_nothing_to_explain_gives_no_nan():
     assert objectives.normalized_mse(torch.zeros(3), target) == 0
 
 
+def test_l0_target_loss_pulls_from_both_sides():
+    l0 = torch.tensor([24.0, 32.0, 48.0], requires_grad=True)
+    loss = objectives.l0_target_loss(l0, 32)
+    torch.testing.assert_close(loss, torch.tensor([1 / 16, 0.0, 1 / 4]))
+    (grad,) = torch.autograd.grad(loss.sum(), l0)
+    torch.testing.assert_close(grad, torch.tensor([-1 / 64, 0.0, 1 / 32]))
+
+
 def test_normalized_mse(target):
     error = torch.rand(3, 5, dtype=torch.float64)
     expected = (error / target.square().sum(-1)).mean()

@@ -242,17 +242,26 @@ class SparseCoder(nn.Module):
         x = x.to(self.bias.dtype)
         rows = self._rows(x)
         self.bias.copy_(geometric_median(rows, iterations))
+        self._fit_selection(self._centred(rows))
         read = self.decode_sparse(*self.encode(x)).reshape(rows.shape)
         tiny = torch.finfo(rows.dtype).tiny
         factor = ((rows - self.bias) * read).sum() / (read * read).sum().clamp_min(tiny)
-        # Tied weights read and write: each has half of the factor.
-        self.encoder_weight.mul_(factor.sqrt() if self.encoder_weight is self.decoder_weight else factor)
+        # An encoder that finds nothing yet stays what it is.
+        self._scale_scores(torch.where(factor > 0.0, factor, 1.0))
 
     # ---- what subclasses say -----------------------------------------------------------------------------------------
 
     def _code(self, centred: Tensor) -> SparseCode:
         """The code of rows ``[N, D]``, off which ``pre_bias`` has been taken."""
         raise NotImplementedError
+
+    def _fit_selection(self, centred: Tensor) -> None:
+        """Fit to rows what decides on the number of active features, if that is a parameter."""
+
+    def _scale_scores(self, factor: Tensor) -> None:
+        """Make reconstructions this much longer, from the same features."""
+        # Tied weights read and write: each has half of the factor.
+        self.encoder_weight.mul_(factor.sqrt() if self.encoder_weight is self.decoder_weight else factor)
 
     def _reconstruct(self, code: SparseCode, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Rows that come close to ``target``, and the reconstruction loss."""

@@ -28,6 +28,7 @@ from isthmus.objectives.sparse import (
     fraction_of_variance_explained,
     fraction_of_variance_unexplained,
     l0,
+    l0_target_loss,
     l1,
     normalized_mse,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "joint_vae_loss",
     "kl_decomposition",
     "l0",
+    "l0_target_loss",
     "l1",
     "max_direction",
     "miwae_bound",

@@ -118,6 +118,25 @@ def l1(values: Tensor, indices: Tensor, decoder_weight: Tensor, offsets: Tensor 
     return _row_mean(values.to(dtype).abs() * norms[indices], dtype, values, offsets)
 
 
+def l0_target_loss(l0: Tensor, target: float) -> Tensor:
+    """(L0 / target − 1)²: a penalty that asks for a number of active features, instead of for few.
+
+    Rajamanoharan et al. (2024, arXiv 2407.14435, appendix): no weight has to be tried out to arrive at a given L0.
+
+    Args:
+        l0: [], the mean number of active features of a row, with whatever gradient its estimator has.
+        target: what it should be.
+
+    Returns:
+        [], of the dtype of ``l0``.
+
+    Example:
+        >>> l0_target_loss(torch.tensor(48.0), 32)
+        tensor(0.2500)
+    """
+    return (l0 / target - 1.0).square()
+
+
 def aux_k_loss(
     residual: Tensor, values: Tensor, indices: Tensor, decoder_weight: Tensor, *, order: ops.LatentOrder | None = None
 ) -> Tensor:

@@ -16,6 +16,9 @@ def sae(
     kind: Annotated[str, typer.Option(help="topk, batch_topk, matryoshka, jumprelu, gated or relu.")] = "topk",
     k: Annotated[float | None, typer.Option(help="Active features per row (topk kinds); 32 if not given.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Weight of the sparsity penalty (other kinds).")] = None,
+    target_l0: Annotated[
+        float | None, typer.Option(help="Active features per row that the penalty asks for (jumprelu).")
+    ] = None,
     levels: Annotated[int | None, typer.Option(help="Nested dictionaries (matryoshka); 5 if not given.")] = None,
     steps: Annotated[int, typer.Option(help="Batches to learn from.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2048,
@@ -48,6 +51,7 @@ def sae(
             kind=kind,
             k=k,
             sparsity=sparsity,
+            target_l0=target_l0,
             levels=levels,
             steps=steps,
             batch_size=batch_size,

@@ -14,7 +14,7 @@ KINDS: dict[str, tuple[str, frozenset[str]]] = {
     "topk": ("TopKSAE", frozenset({"k", "aux_k"})),
     "batch_topk": ("BatchTopKSAE", frozenset({"k", "aux_k"})),
     "matryoshka": ("MatryoshkaSAE", frozenset({"k", "aux_k", "levels"})),
-    "jumprelu": ("JumpReLUSAE", frozenset({"sparsity", "aux_k"})),
+    "jumprelu": ("JumpReLUSAE", frozenset({"sparsity", "target_l0", "aux_k"})),
     "gated": ("GatedSAE", frozenset({"sparsity"})),
     "relu": ("ReLUSAE", frozenset({"sparsity", "aux_k"})),
 }
@@ -35,6 +35,7 @@ class Settings:
     kind: str = "topk"
     k: float | None = None
     sparsity: float | None = None
+    target_l0: float | None = None
     levels: int | None = None
     steps: int = 10_000
     batch_size: int = 2048
@@ -61,7 +62,7 @@ class Settings:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a fraction of the steps, in [0, 1], got {getattr(self, name)}")
         allowed = KINDS[self.kind][1]
-        for name in ("k", "sparsity", "levels", "aux_k"):
+        for name in ("k", "sparsity", "target_l0", "levels", "aux_k"):
             if getattr(self, name) is not None and name not in allowed:
                 raise ValueError(f"kind {self.kind} has no {name}; it has {', '.join(sorted(allowed))}")
         if self.k is not None and self.k != int(self.k) and self.kind == "topk":
@@ -76,12 +77,9 @@ class Settings:
             options["k"] = int(k) if k == int(k) else k
         if self.sparsity is not None:
             options["sparsity_weight"] = self.sparsity
-        if self.aux_k is not None:
-            options["aux_k"] = self.aux_k
-        if self.kind == "jumprelu":
-            # Of scores that are about 1, as they are for activations of norm √D. The 0.001 of the paper, which is for
-            # norm 1, lets thresholds learn from so few scores that it takes billions of rows.
-            options |= {"threshold": 0.1, "bandwidth": 0.1}
+        for option in ("target_l0", "aux_k"):
+            if getattr(self, option) is not None:
+                options[option] = getattr(self, option)
         if self.kind == "matryoshka":
             # Each level is half of the next.
             levels = LEVELS if self.levels is None else self.levels
