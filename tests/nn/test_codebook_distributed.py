@@ -17,6 +17,14 @@ def encoder(quantizer):
     return torch.nn.Sequential(torch.nn.Linear(6, 6), quantizer).double()
 
 
+class HierarchicalOfRows(nn.HierarchicalVQ):
+    """Six rows are a sequence; of the maps of codes the last is returned."""
+
+    def forward(self, x):
+        quantized, indices, loss = super().forward(x.view(-1, 6, 6).movedim(-1, 1))
+        return quantized.movedim(1, -1).reshape(x.shape), indices[-1].flatten(), loss
+
+
 MODELS = {
     "ema": lambda: encoder(nn.VectorQuantizer(16, 6, decay=0.5, revive_below=0.5)),
     "gradient": lambda: encoder(nn.VectorQuantizer(16, 6, learning="gradient", decay=0.5, revive_below=0.5)),
@@ -29,6 +37,9 @@ MODELS = {
     "residual-gradient": lambda: encoder(
         nn.ResidualVQ(12, 6, 2, groups=2, learning="gradient", decay=0.5, revive_below=0.5)
     ),
+    "residual-cosine": lambda: encoder(nn.ResidualVQ(16, 6, 2, metric="cosine", decay=0.5, revive_below=0.5)),
+    "qinco": lambda: encoder(nn.QINCo(12, 6, 2, hidden_dim=5, decay=0.5, revive_below=0.5)),
+    "hierarchical": lambda: encoder(HierarchicalOfRows(16, 6, (2, 6), spatial_dims=1, decay=0.5, revive_below=0.5)),
     "affine": lambda: encoder(
         nn.VectorQuantizer(16, 6, learning="gradient", revive_below=0.0, transform=nn.AffineCodebook(6, decay=0.5))
     ),

@@ -49,7 +49,13 @@ MODULES = {
         16, 12, learning="gradient", revive_below=0.0, transform=nn.AffineCodebook(12)
     ),
     "codebook-directional": lambda: nn.VectorQuantizer(
-        16, 12, learning="gradient", gradient="directional", heads=2, revive_below=0.5
+        16,
+        12,
+        learning="gradient",
+        gradient="directional",
+        heads=2,
+        separate_codebook_per_head=True,
+        revive_below=0.5,
     ),
     "codebook-gumbel": lambda: nn.VectorQuantizer(
         16, 12, learning="gradient", gradient="gumbel", sample_temperature=2.0, sync_update_v=0.2

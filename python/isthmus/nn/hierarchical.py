@@ -126,8 +126,10 @@ class HierarchicalVQ(VectorQuantizer):
         codes = self._codes(snapshot(self.codebook) if self.learns else self.codebook)
         sums, vectors, indices = self._scan(features, codes)
         if self.learns:
-            joint = torch.cat(vectors)
-            self._learn(joint, torch.cat([index.view(-1) for index in indices]), joint.isfinite().all(-1), update, None)
+            # Entry by entry, so that the joint batch of several ranks is that of one process.
+            joint = torch.cat(vectors, dim=1).flatten(0, 1)
+            hits = torch.cat([index.flatten(1) for index in indices], dim=1).flatten()
+            self._learn(joint, hits, joint.isfinite().all(-1), update, None)
         rows, everywhere = _rows(features), torch.ones(len(_rows(features)), dtype=torch.bool, device=x.device)
         options = {"gradient": self.gradient, "commitment_weight": self.commitment_weight}
         of_scales = [quantize_each(rows, _rows(known), everywhere, **options) for known in sums]
@@ -161,9 +163,11 @@ class HierarchicalVQ(VectorQuantizer):
         sums, vectors, indices = [], [], []
         for k, scale in enumerate(self.scales):
             pooled = F.interpolate(residual, scale, mode="area").movedim(1, -1)
-            vectors.append(pooled.reshape(-1, pooled.shape[-1]))
+            vectors.append(pooled.flatten(1, -2))
             index = ops.vq_assign(vectors[-1], codes)
-            part = self._bring_back(gather(codes, index).view(pooled.shape).movedim(-1, 1), residual.shape[2:], k)
+            part = self._bring_back(
+                gather(codes, index.flatten()).view(pooled.shape).movedim(-1, 1), residual.shape[2:], k
+            )
             residual, known = residual - part.detach(), known + part
             sums.append(known)
             indices.append(index.view(pooled.shape[:-1]))
