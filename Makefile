@@ -8,10 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
-CUDA_SOURCES := $(wildcard csrc/*/cuda.cu)
 NVCC ?= $(shell command -v nvcc 2>/dev/null)
-NVCC_FLAGS := -std=c++20 -O3 --expt-relaxed-constexpr -Icsrc -Werror all-warnings \
-  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 
 .PHONY: demo test pytest cpptest lint format bench cuda-check sanitize clean
@@ -44,18 +41,22 @@ bench: $(VENV)/.built
 	$(BIN)/python cmake/extras.py bench | xargs $(BIN)/pip install --quiet
 	$(BIN)/python bench/run.py
 
-# Every kernel for both architectures. A GPU is not needed; nvcc is.
-cuda-check: $(CUDA_SOURCES:csrc/%/cuda.cu=build/cuda/%.o)
+# What a build with CUDA compiles, with any torch: every kernel for both architectures, and the host code that calls them.
+# Joined into one object, to find what is defined twice or not at all. A GPU is not needed; nvcc is.
+CUDA_OBJECTS := $(patsubst %,csrc/CMakeFiles/_C.dir/%.o,module.cpp library.cpp \
+  $(patsubst csrc/%,%,$(wildcard csrc/*/op.cpp csrc/*/cuda.cu)))
+
 ifeq ($(NVCC),)
+cuda-check:
 	@echo "cuda-check: no nvcc on this machine; the CUDA kernels were not compiled"
 else
-	@echo "cuda-check: compiled $(words $(CUDA_SOURCES)) files for sm_80 and sm_90"
-endif
-
-build/cuda/%.o: csrc/%/cuda.cu $(wildcard csrc/core/*)
-ifneq ($(NVCC),)
-	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+cuda-check: $(VENV)/.installed
+	$(CMAKE) -S . -B build/cuda -G Ninja -DISTHMUS_CUDA_CHECK=ON -DISTHMUS_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CUDA_COMPILER=$(NVCC) -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(CMAKE) --build build/cuda --target $(CUDA_OBJECTS)
+	cd build/cuda && ld -r $(CUDA_OBJECTS) -o joined.o
+	! nm --undefined-only --demangle build/cuda/joined.o | grep 'isthmus::cuda::'
 endif
 
 # The C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -96,9 +96,9 @@ inline void dispatch_scale(ScaleType scale_type, F&& f) {
   }
 }
 
-// N neighbouring elements, moved in one access when the address allows it.
+// N neighbouring elements, moved in accesses of at most 16 bytes, which is the alignment that launchers check.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T values[N];
 };
 
