@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from isthmus.cli.train import processes
 from isthmus.cli.train.settings import Settings
 from isthmus.cli.train.trainer import Trainer
 from isthmus.data import _safetensors
@@ -41,7 +42,10 @@ def load_checkpoint(path: Path, trainer: Trainer) -> None:
         ValueError: the shards have changed since.
     """
     tensors, about = _load(path)
-    trainer.loader.load_state_dict(about["loader"])
+    loader = about["loader"]
+    if processes.rank() > 0:  # it is that of the first process, and all have drawn equally often
+        loader = {**trainer.loader.state_dict(), "batches": loader["batches"]}
+    trainer.loader.load_state_dict(loader)
     trainer.step, trainer.skipped, trainer.scale = about["step"], about["skipped"], about["scale"]
     trainer.sae.load_state_dict(_under("model.", tensors))
     state = trainer.optimizer.state_dict()

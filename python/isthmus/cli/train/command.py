@@ -21,7 +21,7 @@ def sae(
     ] = None,
     levels: Annotated[int | None, typer.Option(help="Nested dictionaries (matryoshka); 5 if not given.")] = None,
     steps: Annotated[int, typer.Option(help="Batches to learn from.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch, of all processes.")] = 2048,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 2e-4 · √(16384 / features) if not given.")] = None,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps in which the learning rate rises.")] = 0.05,
     decay: Annotated[float, typer.Option(help="Fraction of the steps in which it falls to 0.")] = 0.2,
@@ -40,34 +40,40 @@ def sae(
     page_features: Annotated[int, typer.Option(help="Features on the page.")] = 48,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint, if there is one.")] = False,
 ) -> None:
-    """Learn a sparse dictionary of activations, and write the page of its features."""
+    """Learn a sparse dictionary of activations, and write the page of its features.
+
+    Started by torchrun, processes share the work: each learns from its part of every batch.
+    """
+    from isthmus.cli.train import processes
     from isthmus.cli.train.run import run
     from isthmus.cli.train.settings import Settings
 
-    try:
-        settings = Settings(
-            data=str(data),
-            features=features,
-            kind=kind,
-            k=k,
-            sparsity=sparsity,
-            target_l0=target_l0,
-            levels=levels,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            decay=decay,
-            aux_k=aux_k,
-            dead_after=dead_after,
-            held_out=held_out,
-            buffer_rows=buffer_rows,
-            log_every=log_every,
-            eval_every=eval_every,
-            eval_rows=eval_rows,
-            checkpoint_every=checkpoint_every,
-            seed=seed,
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    run(settings, out, resume=resume, device=device, page_features=page_features)
+    with processes.joined(device) as own_device:
+        try:
+            settings = Settings(
+                data=str(data),
+                features=features,
+                kind=kind,
+                k=k,
+                sparsity=sparsity,
+                target_l0=target_l0,
+                levels=levels,
+                steps=steps,
+                batch_size=batch_size,
+                lr=lr,
+                warmup=warmup,
+                decay=decay,
+                aux_k=aux_k,
+                dead_after=dead_after,
+                held_out=held_out,
+                buffer_rows=buffer_rows,
+                log_every=log_every,
+                eval_every=eval_every,
+                eval_rows=eval_rows,
+                checkpoint_every=checkpoint_every,
+                seed=seed,
+                processes=processes.count(),
+            )
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        run(settings, out, resume=resume, device=own_device, page_features=page_features)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from isthmus.cli.info import facts
+from isthmus.cli.train import processes
 from isthmus.cli.train.charts import number
 from isthmus.cli.train.checkpoint import load_checkpoint, save_checkpoint, save_sae
 from isthmus.cli.train.features import write_page
@@ -26,8 +27,8 @@ PAGE = "features.html"
 
 
 def run(settings: Settings, out: Path, *, resume: bool, device: str, page_features: int) -> None:
-    """Train, or go on with training, in the folder ``out``."""
-    console = Console()
+    """Train, or go on with training, in the folder ``out``. Of several processes the first writes and reports."""
+    console = Console(quiet=processes.rank() > 0)
     try:
         trainer = _prepare(settings, out, resume, device)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
@@ -35,6 +36,10 @@ def run(settings: Settings, out: Path, *, resume: bool, device: str, page_featur
     console.print(f"{trainer.shards} → [bold]{type(trainer.sae).__name__}[/bold], {number(settings.features)} features")
     if trainer.step:
         console.print(f"Resuming after step {trainer.step}")
+    if processes.rank() > 0:
+        while trainer.step < settings.steps:
+            trainer.advance()
+        return
     columns = (
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
@@ -74,11 +79,15 @@ def _prepare(settings: Settings, out: Path, resume: bool, device: str) -> Traine
             raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another folder")
         settings.check_same(out / SETTINGS)
     trainer = Trainer(settings, device)
-    out.mkdir(parents=True, exist_ok=True)
-    settings.save(out / SETTINGS)
     # A run that was stopped before its first checkpoint starts again.
     if checkpoint.exists():
         load_checkpoint(checkpoint, trainer)
+    # Before any process writes, all have seen what was there.
+    processes.wait_for_all()
+    if processes.rank() > 0:
+        return trainer
+    out.mkdir(parents=True, exist_ok=True)
+    settings.save(out / SETTINGS)
     # Lines that were written after the checkpoint will be written again.
     kept = [line for line in _lines(out / METRICS) if line["step"] <= trainer.step and trainer.step > 0]
     (out / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")

@@ -51,6 +51,7 @@ class Settings:
     eval_rows: int = 16_384
     checkpoint_every: int = 1000
     seed: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -61,6 +62,8 @@ class Settings:
         for name in ("warmup", "decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a fraction of the steps, in [0, 1], got {getattr(self, name)}")
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size must be a multiple of the {self.processes} processes, got {self.batch_size}")
         allowed = KINDS[self.kind][1]
         for name in ("k", "sparsity", "target_l0", "levels", "aux_k"):
             if getattr(self, name) is not None and name not in allowed:
@@ -103,8 +106,9 @@ class Settings:
         saved = json.loads(path.read_text(encoding="utf-8"))
         for field in fields(self):
             # Shards may have moved; whether they are the same is for the loader to see.
-            if field.name != "data" and saved.get(field.name) != getattr(self, field.name):
+            before = saved.get(field.name, field.default)
+            if field.name != "data" and before != getattr(self, field.name):
                 raise ValueError(
-                    f"{field.name} was {saved.get(field.name)} when this run was started, now it is "
+                    f"{field.name} was {before} when this run was started, now it is "
                     f"{getattr(self, field.name)}; --resume takes the same options"
                 )

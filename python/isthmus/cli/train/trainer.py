@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.cli.train import processes
 from isthmus.cli.train.evaluate import evaluate
 from isthmus.cli.train.settings import Settings
 from isthmus.data import ActivationLoader, ActivationShards
@@ -23,6 +24,9 @@ class Trainer:
     Activations are multiplied by one number, ``scale``, so that their mean squared norm is D: learning rates and
     penalties then mean the same for every layer.
 
+    Several processes start alike; each draws its part of a batch from its part of the shards, and all take the same
+    step by the mean of their gradients. Each computes its losses from its own rows.
+
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: shards that cannot be read, as ``ActivationShards`` says.
         ValueError: no row is held out, or there is nothing to learn from: only zeros, NaN and infinities.
@@ -35,7 +39,14 @@ class Trainer:
         train, self.held_out = self.shards.split(settings.held_out)
         if len(self.held_out) == 0:
             raise ValueError(f"held_out={settings.held_out} of {len(self.shards)} rows leaves none to judge by")
-        self.loader = ActivationLoader(train, settings.batch_size, buffer_rows=settings.buffer_rows, seed=settings.seed)
+        self.loader = ActivationLoader(
+            train,
+            settings.batch_size // settings.processes,
+            buffer_rows=settings.buffer_rows,
+            seed=settings.seed,
+            rank=processes.rank(),
+            world_size=settings.processes,
+        )
         sample = _finite(torch.cat([rows for _, rows in train.blocks(1024, SCALED_ROWS)]).float())
         self.scale = _scale(sample)
         torch.manual_seed(settings.seed)
@@ -61,13 +72,14 @@ class Trainer:
         output = self.sae(rows)
         self.optimizer.zero_grad()
         output.loss.backward()
+        processes.average_gradients(self.sae.parameters())
         self.optimizer.step()
         self.step += 1
         return rows, output
 
     @torch.no_grad()
     def describe(self, rows: Tensor, output: Any) -> dict[str, Any]:
-        """The line of the log for the last step."""
+        """The line of the log for the last step: for the rows of this process."""
         losses = {name: part.item() for name, part in output._asdict().items() if part is not None and part.ndim == 0}
         if not math.isfinite(losses["loss"]):
             raise ValueError(f"the loss of step {self.step} is {losses['loss']}: try a smaller lr")
