@@ -74,6 +74,7 @@ void define_schemas(StableLibrary& m) {
 
   // codebook
   m.def("vq_assign(Tensor x, Tensor codebook, Tensor? mask, str metric, int topk) -> Tensor");
+  m.def("vq_match(Tensor x, Tensor codebook, str metric) -> (Tensor, Tensor)");
   m.def("vq_quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str gradient, float commitment_weight) -> (Tensor, Tensor, Tensor)");
   m.def("vq_gather(Tensor x, Tensor codebook, Tensor indices, str gradient, float commitment_weight) -> (Tensor, Tensor)");
   m.def("vq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices, str gradient, float commitment_weight, bool need_x, bool need_codebook) -> (Tensor, Tensor)");

@@ -1,7 +1,7 @@
 // Vector quantization on the CPU.
 //
-// search.inl finds the best codes of rows in cache, direct.inl those of few rows, lookup.inl makes them the op; the
-// rest is what follows from indices.
+// search.inl finds the best codes of rows in cache, direct.inl those of few rows, lookup.inl makes them the op,
+// match.inl finds the best rows of codes on the way; the rest is what follows from indices.
 
 #include "codebook/kernels.h"
 #include "core/amx_tiles.h"
@@ -21,6 +21,8 @@ namespace {
 #include "codebook/direct.inl"
 // after all three: searches, then gathers while rows are in cache
 #include "codebook/lookup.inl"
+// after lookup
+#include "codebook/match.inl"
 
 #include "codebook/passage.inl"
 // after passage
@@ -32,6 +34,6 @@ namespace {
 }  // namespace
 
 extern const CodebookKernels codebook_table;
-const CodebookKernels codebook_table = {search, gather, backward, statistics, update};
+const CodebookKernels codebook_table = {search, match, gather, backward, statistics, update};
 
 }  // namespace isthmus::ISTHMUS_LEVEL

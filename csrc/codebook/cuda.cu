@@ -23,6 +23,11 @@ int64_t codebook_workspace(const CodeSearch& args) {
   return arena.used;
 }
 
+int64_t codebook_workspace(const CodeMatch& args) {
+  const int64_t rows = codebook_workspace(search_of(args)), codes = codebook_workspace(search_of(exchanged(args)));
+  return rows > codes ? rows : codes;
+}
+
 int64_t codebook_workspace(const QuantizeBackward& args) {
   Arena arena(nullptr);
   dispatch_dtype(args.dtype, [&]<class T>() { BackwardPlan<T>(args, arena); });
@@ -43,6 +48,13 @@ int64_t codebook_workspace(const CodebookUpdate& args) {
 
 void codebook_search(const CodeSearch& args, void* stream) {
   dispatch_operand(args, [&]<class T, class Operand>() { search<T, Operand>(args, stream); });
+}
+
+// Two searches, one after the other: a product on the tensor cores costs less than would the merge of codes over
+// blocks.
+void codebook_match(const CodeMatch& args, void* stream) {
+  codebook_search(search_of(args), stream);
+  codebook_search(search_of(exchanged(args)), stream);
 }
 
 void codebook_gather(const CodeSearch& args, void* stream) {

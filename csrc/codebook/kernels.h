@@ -31,6 +31,44 @@ struct CodeSearch {
   void* workspace;       // CUDA: cuda::codebook_workspace() bytes; the CPU brings its own
 };
 
+// The best code of each row, and by the same scores with the roles exchanged (x·c / |x| for cosine) the best row of
+// each code, as CodeSearch has it.
+struct CodeMatch {
+  DType dtype;
+  Metric metric;
+  int64_t heads, rows, codes, dim;
+  const void* x;          // [heads, rows, dim], rows >= 1
+  const void* codebook;   // [heads, codes, dim], codes >= 1
+  int64_t* nearest_code;  // [heads, rows]
+  int64_t* nearest_row;   // [heads, codes]
+  void* workspace;
+};
+
+static inline CodeMatch exchanged(const CodeMatch& m) {
+  return {m.dtype,    m.metric, m.heads,       m.codes,        m.rows,     m.dim,
+          m.codebook, m.x,      m.nearest_row, m.nearest_code, m.workspace};
+}
+
+// One half of it.
+static inline CodeSearch search_of(const CodeMatch& m) {
+  return {.dtype = m.dtype,
+          .metric = m.metric,
+          .heads = m.heads,
+          .rows = m.rows,
+          .codes = m.codes,
+          .dim = m.dim,
+          .best = 1,
+          .x = m.x,
+          .head_stride = m.rows * m.dim,
+          .row_stride = m.dim,
+          .codebook = m.codebook,
+          .mask = nullptr,
+          .indices = m.nearest_code,
+          .quantized = nullptr,
+          .squared_error = nullptr,
+          .workspace = m.workspace};
+}
+
 // With t = 2 (x - c) · grad_error: grad_x = (what CodeGradient sends to x) + commitment_weight · t, grad_codebook[k] =
 // Σ over the rows of code k of (what CodeGradient sends to the code) - t. Rows of index -1 are left out: grad_x is 0.
 struct QuantizeBackward {
@@ -84,6 +122,7 @@ struct CodebookUpdate {
 
 struct CodebookKernels {
   void (*search)(const CodeSearch&);
+  void (*match)(const CodeMatch&);
   void (*gather)(const CodeSearch&);  // for indices that are given, -1 for masked rows: quantized and squared_error
   void (*backward)(const QuantizeBackward&);
   void (*statistics)(const CodeStatistics&);
@@ -97,10 +136,12 @@ ISTHMUS_DECLARE_MATRIX_KERNELS(CodebookKernels, codebook)
 // range stops the device with a message, as torch's own indexing does.
 namespace cuda {
 int64_t codebook_workspace(const CodeSearch&);
+int64_t codebook_workspace(const CodeMatch&);
 int64_t codebook_workspace(const QuantizeBackward&);
 int64_t codebook_workspace(const CodeStatistics&);
 int64_t codebook_workspace(const CodebookUpdate&);
 void codebook_search(const CodeSearch&, void* stream);
+void codebook_match(const CodeMatch&, void* stream);
 void codebook_gather(const CodeSearch&, void* stream);
 void codebook_backward(const QuantizeBackward&, void* stream);
 void codebook_statistics(const CodeStatistics&, void* stream);

@@ -80,10 +80,14 @@ struct Lookup : HeadOfSearch<T> {
         codes(args.metric, of.codebook, args.codes, args.dim, mostly_even(of.x, args.rows, args.row_stride, args.dim)) {
   }
 
+  // Large blocks spare the codebook's passage through the cache, but every thread needs some.
+  static int64_t block_rows_of(int64_t rows) {
+    const int64_t share = (rows / 16 + tile_height - 1) / tile_height * tile_height;
+    return share < 24 ? 24 : share < max_rows ? share : max_rows;
+  }
+
   void run() const {
-    // Large blocks spare the codebook's passage through the cache, but every thread needs some.
-    const int64_t share = (args.rows / 16 + tile_height - 1) / tile_height * tile_height;
-    const int64_t block_rows = share < 24 ? 24 : share < max_rows ? share : max_rows;
+    const int64_t block_rows = block_rows_of(args.rows);
     constexpr int64_t span = BlockSearch<T>::slabs_per_span;
     const int64_t blocks = (args.rows + block_rows - 1) / block_rows, slabs = codes.panels.slabs;
     const int64_t wanted = (8 + blocks - 1) / blocks, spans = (slabs + span - 1) / span;

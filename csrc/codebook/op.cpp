@@ -131,6 +131,35 @@ Tensor vq_assign(const Tensor& x, const Tensor& codebook, const OptionalTensor& 
   return indices;
 }
 
+std::tuple<Tensor, Tensor> vq_match(const Tensor& x_, const Tensor& codebook_, const std::string& metric) {
+  check_codebook(codebook_, x_);
+  const int64_t dims = codebook_.dim();
+  if (x_.dim() != dims) {
+    fail("x has shape ", shape_of(x_), "; expected ", dims, " dimensions, as codebook has shape ", shape_of(codebook_));
+  }
+  const int64_t rows = x_.size(dims - 2);
+  if (rows < 1 || rows > max_codes) {
+    fail("x has shape ", shape_of(x_), ", N = ", rows, "; expected 1 <= N <= ", max_codes);
+  }
+  const Tensor x = as_contiguous(x_), codebook = as_contiguous(codebook_);
+  const Tensor nearest_code = empty(leading_sizes(x), ScalarType::Long, x);
+  const Tensor nearest_row = empty(leading_sizes(codebook), ScalarType::Long, x);
+  CodeMatch args{.dtype = dtype_of(x, "x"),
+                 .metric = parse_metric(metric),
+                 .heads = dims == 3 ? codebook.size(0) : 1,
+                 .rows = rows,
+                 .codes = codebook.size(dims - 2),
+                 .dim = last_size(x),
+                 .x = data(x),
+                 .codebook = data(codebook),
+                 .nearest_code = static_cast<int64_t*>(mutable_data(nearest_code)),
+                 .nearest_row = static_cast<int64_t*>(mutable_data(nearest_row)),
+                 .workspace = nullptr};
+  const Tensor workspace = ISTHMUS_ALLOCATE(x, codebook, args);
+  ISTHMUS_LAUNCH(x, codebook, match, args);
+  return {nearest_code, nearest_row};
+}
+
 // The kind of gradient and its commitment weight matter to the gradient alone.
 std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& codebook, const OptionalTensor& mask_,
                                                const std::string& metric, const std::string& gradient, double) {
@@ -287,6 +316,7 @@ void update_codebook_(const Tensor& codebook, const Tensor& usage, const Optiona
 
 void register_codebook(StableLibrary& m) {
   m.impl("vq_assign", TORCH_BOX(&vq_assign));
+  m.impl("vq_match", TORCH_BOX(&vq_match));
   m.impl("vq_quantize", TORCH_BOX(&vq_quantize));
   m.impl("vq_gather", TORCH_BOX(&vq_gather));
   m.impl("vq_quantize_backward", TORCH_BOX(&vq_quantize_backward));

@@ -68,6 +68,15 @@ ISTHMUS_INLINE Vec<C> multiply_add(C x, Vec<C> c, Vec<C> sum) {
   return sum + x * c;
 }
 
+// Who else looks at the rows of a block and the scores of its register tiles: nobody. match.inl has another.
+struct NoVisitor {
+  template <class C>
+  void expect(const C*, int64_t, int64_t, const RowBound<C>*) const {}
+  ISTHMUS_INLINE const NoVisitor& at(int64_t, int64_t, int) const { return *this; }
+  template <int Rows, int Vectors, class Place>
+  ISTHMUS_INLINE void meet(const Place&) const {}
+};
+
 // The codebook in slabs, with what bounds the error of each group.
 template <class C>
 struct Panels {
@@ -258,40 +267,47 @@ struct Panels {
   }
 
   // maxima[row · step + l] = the largest score of group l of the slab, for `count` rows of words. row_units: of tiles.
+  // Of the tile that begins at `row` and `vector`, visitor.at(row, slab, vector) meets f(r, v, gain, shift) = gain ·
+  // score + shift.
+  template <class Visitor = const NoVisitor>
   void meet(int64_t slab, const C* rows, int64_t stride, int64_t count, [[maybe_unused]] const C* row_units, C* maxima,
-            int64_t step) const {
+            int64_t step, Visitor&& visitor = {}) const {
 #if defined(ISTHMUS_QUADS)
     if constexpr (sizeof(C) == 4) {
       if (quads) {
         return for_each_tile(count, [&]<int Rows, int Half>(int64_t row) {
           const int64_t half = slab * halves + Half;
-          meet_quads<Rows, Half == 0>(columns.data + half * depth * tile_vectors * size,
-                                      offsets.data + half * tile_vectors * size, sums.data + half * tile_vectors * size,
-                                      depth, units.data + slab * size, row_units[row / tile_height],
-                                      rows + row * stride, stride, maxima + row * step, step);
+          meet_quads<Rows, Half == 0>(
+              columns.data + half * depth * tile_vectors * size, offsets.data + half * tile_vectors * size,
+              sums.data + half * tile_vectors * size, depth, units.data + slab * size, row_units[row / tile_height],
+              rows + row * stride, stride, maxima + row * step, step, visitor.at(row, slab, Half * tile_vectors));
         });
       }
     }
 #endif
     if constexpr (has_coarse_words && sizeof(C) == 4) {
-      if (coarse) return meet_coarse(slab, rows, stride, count, maxima, step);
+      if (coarse) return meet_coarse(slab, rows, stride, count, maxima, step, visitor);
     }
-    meet_rows<false>(slab, rows, stride, count, maxima, step);
+    meet_rows<false>(slab, rows, stride, count, maxima, step, visitor);
   }
 
-  void meet_coarse(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
+  template <class Visitor>
+  void meet_coarse(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step,
+                   Visitor& visitor) const {
 #if defined(ISTHMUS_TILES)
     meet_slab(columns.data + slab * slab_codes<C> * depth, offsets.data + slab * slab_codes<C>, depth, rows, stride,
-              count, maxima, step);
+              count, maxima, step, [&](int64_t row, int vector) { return visitor.at(row, slab, vector); });
 #else
-    meet_rows<true>(slab, rows, stride, count, maxima, step);
+    meet_rows<true>(slab, rows, stride, count, maxima, step, visitor);
 #endif
   }
 
-  template <bool Coarse>
-  void meet_rows(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step) const {
+  template <bool Coarse, class Visitor>
+  void meet_rows(int64_t slab, const C* rows, int64_t stride, int64_t count, C* maxima, int64_t step,
+                 Visitor& visitor) const {
     for_each_tile(count, [&]<int Rows, int Half>(int64_t row) {
-      meet_tile<Coarse, Rows, Half == 0>(slab * halves + Half, rows + row * stride, stride, maxima + row * step, step);
+      meet_tile<Coarse, Rows, Half == 0>(slab * halves + Half, rows + row * stride, stride, maxima + row * step, step,
+                                         visitor.at(row, slab, Half * tile_vectors));
     });
   }
 
@@ -305,8 +321,9 @@ struct Panels {
     if constexpr (Half + 1 < halves) for_each_tile<Half + 1>(count, f);
   }
 
-  template <bool Coarse, int Rows, bool First>
-  ISTHMUS_NOINLINE void meet_tile(int64_t half, const C* rows, int64_t stride, C* maxima, int64_t step) const {
+  template <bool Coarse, int Rows, bool First, class View>
+  ISTHMUS_NOINLINE void meet_tile(int64_t half, const C* rows, int64_t stride, C* maxima, int64_t step,
+                                  const View& view) const {
     const C* offset = offsets.data + half * tile_vectors * size;
     const C* column = columns.data + half * depth * tile_vectors * size;
     const C* x[Rows];
@@ -327,6 +344,7 @@ struct Panels {
         for (int v = 0; v < tile_vectors; ++v) scores[r][v] = multiply_add<Coarse, C>(x[r][k], c[v], scores[r][v]);
       }
     }
+    view.template meet<Rows, tile_vectors>([&](int r, int v, C gain, C shift) { return gain * scores[r][v] + shift; });
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16

@@ -55,10 +55,10 @@ inline f32v write_quads(const float* column, int64_t dim, f32v unit, float* word
 }
 
 // units: of the groups, row_unit: of the tile.
-template <int Rows, bool First>
+template <int Rows, bool First, class View>
 ISTHMUS_NOINLINE void meet_quads(const float* column, const float* offset, const int32_t* sums, int64_t depth,
                                  const float* units, float row_unit, const float* rows, int64_t stride, float* maxima,
-                                 int64_t step) {
+                                 int64_t step, const View& view) {
   constexpr int size = lanes<float>;
   i32v scores[Rows][tile_vectors];
   const f32v unit = load(units) * row_unit, inverse = 1 / unit;
@@ -83,6 +83,9 @@ ISTHMUS_NOINLINE void meet_quads(const float* column, const float* offset, const
       }
     }
   }
+  view.template meet<Rows, tile_vectors>([&](int r, int v, float gain, float shift) {
+    return __builtin_convertvector(scores[r][v], f32v) * (gain * unit) + shift;
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16

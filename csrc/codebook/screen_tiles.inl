@@ -5,9 +5,10 @@
 // compared: the scores go through 4 KB of L1.
 
 // columns: [2, depth, 4, 16] words, offsets: [8, 16]; depth is a multiple of 16. Reads the rows up to the next multiple
-// of 32.
+// of 32. view(row, vector): as Panels::meet says.
+template <class ViewOf>
 inline void meet_slab(const float* columns, const float* offsets, int64_t depth, const float* rows, int64_t stride,
-                      int64_t count, float* maxima, int64_t step) {
+                      int64_t count, float* maxima, int64_t step, const ViewOf& view) {
   static_assert(lanes<float> == tile_side && tile_vectors == 4);
   alignas(64) float scores[2][2][tile_side][tile_side];  // [rows, codes]
   for (int64_t row = 0; row < count; row += 2 * tile_side) {
@@ -36,6 +37,17 @@ inline void meet_slab(const float* columns, const float* offsets, int64_t depth,
         float* place = maxima + (row + r) * step;
         const f32v largest = greater(load(of_row[0][r % tile_side]), load(of_row[1][r % tile_side]));
         store(place, v == 0 ? largest : greater(largest, load(place)));
+      }
+      const auto show = [&]<int Rows>(int64_t r) {
+        view(row + r, v).template meet<Rows, 2>([&](int i, int j, float gain, float shift) {
+          return gain * load(scores[(r + i) / tile_side][j][(r + i) % tile_side]) + shift;
+        });
+        return Rows;
+      };
+      for (int64_t r = 0; r < 2 * tile_side && row + r < count;) {
+        const bool whole =
+            (row + r) % tile_height == 0 && r + tile_height <= 2 * tile_side && row + r + tile_height <= count;
+        r += whole ? show.template operator()<tile_height>(r) : show.template operator()<1>(r);
       }
     }
   }

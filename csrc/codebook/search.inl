@@ -99,26 +99,29 @@ struct BlockSearch {
 
   // Row i begins at rows + i · stride, i < count <= max_rows. indices and scores (or null): [count, best], best first.
   // Scores are -|x - c|², x·c / |c| or x·c in float64; one that is not a number comes last.
-  void search(const C* rows, int64_t stride, int64_t count, int64_t* indices, double* scores) {
-    search_slabs(0, panels.slabs, rows, stride, count, indices, scores == nullptr ? scratch.data : scores);
+  template <class Visitor = const NoVisitor>
+  void search(const C* rows, int64_t stride, int64_t count, int64_t* indices, double* scores, Visitor&& visitor = {}) {
+    search_slabs(0, panels.slabs, rows, stride, count, indices, scores == nullptr ? scratch.data : scores, visitor);
   }
 
   // The same among the codes of some slabs alone, begin being a multiple of slabs_per_span.
+  template <class Visitor = const NoVisitor>
   void search_slabs(int64_t begin, int64_t end, const C* rows, int64_t stride, int64_t count, int64_t* indices,
-                    double* scores) {
+                    double* scores, Visitor&& visitor = {}) {
 #if defined(ISTHMUS_TILES)
     const TileSession session;
 #endif
     for (int64_t r = 0; r < count; r += tile_height) {
       prepare_tile(r, count - r < tile_height ? count - r : tile_height, rows, stride);
     }
+    visitor.expect(rows, stride, count, bounds);
     for (int64_t r = 0; r < count; ++r) BestCodes{scores + r * best, indices + r * best, best}.clear();
     for (int64_t i = 0; i < count * best; ++i) bars.data[i] = -static_cast<C>(__builtin_inf());
     for (int64_t slab = begin; slab < end; slab += slabs_at_once) {
       const int64_t slabs = end - slab < slabs_at_once ? end - slab : slabs_at_once;
       for (int64_t s = 0; s < slabs; ++s) {
         panels.meet(slab + s, copies ? words.data : rows, copies ? word_stride : stride, count, units,
-                    maxima.data + s * size, slabs_at_once * size);
+                    maxima.data + s * size, slabs_at_once * size, visitor);
       }
       int64_t found = 0;
       for (int64_t r = 0; r < count; ++r) found = find_survivors(r, slab, slabs, found);

@@ -456,7 +456,6 @@ backward = torch.ops.isthmus.vq_quantize_backward
         (lambda: ops.vq_quantize(X, CODES, mask=MASK, indices=INDICES), ValueError, "mask and indices were both given"),
         (lambda: ops.vq_quantize(X, CODES, indices=INDICES + 5), RuntimeError, "indices holds 5; expected 0 <="),
         (lambda: ops.vq_quantize(X, CODES, indices=INDICES - 2), RuntimeError, "indices holds -2; .* or -1 for"),
-        (lambda: ops.vq_match(X, HEADS), ValueError, r"x has shape \[4, 3\] and codebook \[2, 5, 3\]; expected"),
         (lambda: ops.vq_assign(X, CODES[:, :2]), RuntimeError, r"codebook has shape \[5, 2\]; expected \[K, 3\] or"),
         (lambda: ops.vq_assign(X, CODES[0]), RuntimeError, r"codebook has shape \[3\]; expected \[K, 3\] or"),
         (lambda: ops.vq_assign(X, CODES[:0]), RuntimeError, r"codebook has shape \[0, 3\], K = 0; expected 1 <= K"),

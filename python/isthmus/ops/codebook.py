@@ -124,8 +124,9 @@ def vq_quantize(
 def vq_match(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
     """The best code of each vector, and the best vector of each code: what prototype losses pull together.
 
-    Two searches, 2·N·K·D products each; neither forms the N × K scores. The vectors of a code are ranked by the same
-    score with the roles exchanged: for "cosine" by x·c / |x|.
+    The vectors of a code are ranked by the same score with the roles exchanged: for "cosine" by x·c / |x|. On the CPU
+    one screen of N·K·D products serves both, in O((N + K)·D) memory: what each is compared with is a bound of its own,
+    so both are exact, as in ``vq_assign``.
 
     Args:
         x: [N, D], N ≥ 1; with heads [H, N, D].
@@ -137,19 +138,17 @@ def vq_match(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tuple
         Not differentiable; gather with them, ``(x - codebook[nearest_code])`` and ``(x[nearest_row] - codebook)``.
 
     Raises:
-        ValueError: another ``metric``, or numbers of dimensions that differ.
-        RuntimeError: as ``vq_assign``.
+        ValueError: another ``metric``.
+        RuntimeError: dtypes, devices or shapes do not fit, or there is no vector or no code.
+
+    Source: the two interpretability terms of Li et al. 2018, arXiv 1710.04806.
 
     Example:
         >>> vq_match(torch.tensor([[0.9], [0.1], [0.2]]), torch.tensor([[0.0], [1.0]]))
         (tensor([1, 0, 0]), tensor([1, 0]))
     """
-    if x.dim() != codebook.dim():
-        raise ValueError(
-            f"x has shape {list(x.shape)} and codebook {list(codebook.shape)}; expected [N, D] and [K, D], "
-            "or [H, N, D] and [H, K, D]"
-        )
-    return vq_assign(x, codebook, metric=metric), vq_assign(codebook, x, metric=metric)
+    check_choice("metric", metric, _METRICS)
+    return _vq_match(x, codebook, metric)
 
 
 def code_totals(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
@@ -267,6 +266,11 @@ def _(x, codebook, mask, metric, topk):
     return x.new_empty(shape, dtype=torch.int64)
 
 
+@torch.library.register_fake("isthmus::vq_match")
+def _(x, codebook, metric):
+    return tuple(t.new_empty(t.shape[:-1], dtype=torch.int64) for t in (x, codebook))
+
+
 @torch.library.register_fake("isthmus::vq_quantize")
 def _(x, codebook, mask, metric, gradient, commitment_weight):
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
@@ -344,6 +348,7 @@ def _quantize_gradients(
 
 
 _vq_assign = eager("vq_assign")
+_vq_match = eager("vq_match")
 _vq_quantize = register_gradient("vq_quantize", _quantize_backward, _quantize_setup)
 _vq_gather = register_gradient("vq_gather", _gather_backward, _gather_setup)
 _code_totals = register_gradient("code_totals", _totals_backward, _totals_setup)
@@ -351,7 +356,7 @@ _update_codebook_ = eager("update_codebook_")
 register_in_place("update_codebook_", written=3)
 register_second_order("vq_quantize_backward", _quantize_gradients)
 
-for _name in ("vq_assign", "vq_quantize", "vq_gather"):
+for _name in ("vq_assign", "vq_match", "vq_quantize", "vq_gather"):
     register_autocast(_name)
-for _name in ("vq_assign", "vq_quantize", "vq_gather", "vq_quantize_backward", "code_totals"):
+for _name in ("vq_assign", "vq_match", "vq_quantize", "vq_gather", "vq_quantize_backward", "code_totals"):
     register_vmap_by_loop(_name)
