@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import extra_memory, measures_memory
 
 from isthmus import nn
 from isthmus.nn import implicit_codebook
@@ -85,6 +86,14 @@ def test_blocks_of_vectors_are_searched_as_one(monkeypatch):
     for numbers in (7 * 9 * 19, 1):
         monkeypatch.setattr(implicit_codebook, "_SEARCHED_AT_ONCE", numbers)
         assert torch.equal(quantizer(x).indices, whole.indices)
+
+
+@measures_memory
+def test_a_training_step_does_not_hold_the_codes_of_all_vectors():
+    """They and the hidden layer would take 201 MB for a stage."""
+    quantizer = nn.QINCo(256, 16, 3, hidden_dim=32, num_layers=1)
+    x = torch.randn(4096, 16, requires_grad=True)
+    assert extra_memory(lambda: quantizer(x).loss.backward()) < 100e6
 
 
 def test_masks_stages_and_dropout():

@@ -30,8 +30,8 @@ _OPTIONS = {
     "freeze_codebook",
     "sync_codebook",
 }
-# Numbers that codes of a block of vectors may take while they are searched: 64 MB in float32.
-_SEARCHED_AT_ONCE = 1 << 24
+# Numbers that codes of a block of vectors may take while they are searched: 16 MB in float32.
+_SEARCHED_AT_ONCE = 1 << 22
 
 
 class QINCo(ResidualVQ):
@@ -46,7 +46,7 @@ class QINCo(ResidualVQ):
     constants in it. A dead code's base code moves onto a residual of its stage.
 
     The search is exact: all K codes of a vector are made and compared, for as many vectors at a time as fit into
-    64 MB. It takes O(N·K·(D² + L·D·H)) for each stage; the gradient passes through the chosen codes alone.
+    16 MB. It takes O(N·K·(D² + L·D·H)) for each stage; the gradient passes through the chosen codes alone.
 
     Args:
         num_codes, dim, num_quantizers: as in :class:`ResidualVQ`.
@@ -154,7 +154,7 @@ def _implicit_codes(base: Tensor, known: Tensor, weights: Sequence[Tensor]) -> T
     with torch.autocast(base.device.type, enabled=False):
         codes = base + F.linear(base, from_base) + F.linear(known, from_known, bias)
         for down, up in zip(layers[:half], layers[half:], strict=True):
-            codes = codes + F.linear(F.linear(codes, down).relu(), up)
+            codes = codes + F.linear(F.linear(codes, down).relu_(), up)
     return codes
 
 
