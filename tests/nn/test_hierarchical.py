@@ -77,6 +77,46 @@ def test_every_scale_codes_what_is_left(learning, options):
     torch.testing.assert_close(torch.autograd.grad(out.loss, variables), torch.autograd.grad(loss, variables))
 
 
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_entries_that_leave_scales_out(learning):
+    quantizer, x = sequences(learning=learning, decay=0.0)
+    kept = torch.tensor([4, 1, 2])
+    sums, indices, vectors = scales_by_hand(x, quantizer)
+    out = quantizer(x, stages=kept)
+    for k, (actual, expected) in enumerate(zip(out.indices, indices, strict=True)):
+        assert torch.equal(actual, torch.where((kept > k).unsqueeze(1), expected, -1))
+    total = torch.stack([sums[count - 1][entry] for entry, count in enumerate(kept)])
+    torch.testing.assert_close(out.quantized, total)
+    errors = [
+        (x[entry] - sums[k][entry]).square().sum(0).mean() for entry, count in enumerate(kept) for k in range(count)
+    ]
+    torch.testing.assert_close(out.loss, 1.3 * torch.stack(errors).mean())
+    variables = list(quantizer.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, variables), torch.autograd.grad(torch.stack(errors).mean(), variables)
+    )
+    if learning == "ema":
+        joint = torch.cat([index.flatten() for index in out.indices])
+        for k in joint[joint >= 0].unique():
+            torch.testing.assert_close(quantizer.codebook[k], vectors[joint == k].mean(0))
+    else:
+        torch.testing.assert_close(quantizer.decode(out.indices), total)
+        encoded = quantizer.encode(x, stages=kept)
+        assert all(torch.equal(*pair) for pair in zip(encoded, out.indices, strict=True))
+
+
+def test_dropout_keeps_the_first_scales_of_every_entry():
+    torch.manual_seed(0)
+    quantizer = nn.HierarchicalVQ(
+        12, 4, (1, 2, 3, 4), spatial_dims=1, quantize_dropout=True, quantize_dropout_cutoff_index=1
+    )
+    x = torch.randn(100, 4, 4)
+    lived = torch.stack([(index >= 0).all(-1) for index in quantizer(x).indices], -1)
+    assert set(lived.sum(-1).tolist()) == {2, 3, 4}
+    assert torch.equal(lived, lived.sort(dim=-1, descending=True).values)
+    assert all((index >= 0).all() for index in quantizer.eval()(x).indices)
+
+
 def test_the_gradient_of_the_map_reaches_x_once():
     quantizer, x = sequences()
     x.requires_grad_()

@@ -74,7 +74,9 @@ MODULES = {
     "simvq": lambda: nn.SimVQ(16, 12),
     "hierarchical": lambda: OfMaps(nn.HierarchicalVQ(16, 12, (1, 2, (3, 4)), decay=0.5, revive_below=0.5)),
     "hierarchical-gradient": lambda: OfMaps(
-        nn.HierarchicalVQ(16, 12, (2, (3, 4)), learning="gradient", codebook_dim=5, share_quant_resi=0)
+        nn.HierarchicalVQ(
+            16, 12, (2, (3, 4)), learning="gradient", codebook_dim=5, share_quant_resi=0, quantize_dropout=True
+        )
     ),
     "key-value": lambda: nn.KeyValueBottleneck(16, 12, 3, heads=4, key_dim=5, decay=0.5, revive_below=0.5),
     "codebook-features": lambda: nn.CodebookFeatures(16, 12, 4),
