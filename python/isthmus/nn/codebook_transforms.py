@@ -122,6 +122,8 @@ class ResidualSimVQ(ResidualVQ):
             too; the codebooks need no ``learning`` and no ``revive_below``. Groups have layers of their own; a
             ``shared_codebook`` is seen through the layer of each stage.
 
+    Source: as for :class:`SimVQ`.
+
     Example:
         >>> import torch, isthmus
         >>> quantizer = isthmus.nn.ResidualSimVQ(16, dim=4, num_quantizers=3)

@@ -110,7 +110,12 @@ class QINCo(ResidualVQ):
         return torch.stack(codes, dim=-2)
 
     def _search(
-        self, rows: Tensor, codes: Tensor | list[Tensor], stages: Tensor | int | None, mask: Tensor | None
+        self,
+        rows: Tensor,
+        codes: Tensor | list[Tensor],
+        stages: Tensor | int | None,
+        mask: Tensor | None,
+        training: bool,
     ) -> Quantized:
         books = stage_books(codes)
 

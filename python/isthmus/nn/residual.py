@@ -192,7 +192,7 @@ class ResidualVQ(Codebook):
         rows = self.layout.rows(x, self.codebook.dtype)
         stages = self.dropout(self.layout.leading(x), x.device) if stages is None else stages
         stages = self.layout.spread(stages) if isinstance(stages, Tensor) and stages.dim() > 0 else stages
-        quantized, indices, error = self._quantize(rows, stages, mask)
+        quantized, indices, error = self._quantize(rows, stages, mask, self.training)
         if self.learns:
             # Vectors that hold a NaN or an infinity teach nothing: the averages would never recover.
             finite = error.isfinite().all(dim=-1, keepdim=True)
@@ -207,9 +207,9 @@ class ResidualVQ(Codebook):
         return ResidualVQOutput(quantized, self.layout.indices(indices, x, self.num_quantizers), loss)
 
     def encode(self, x: Tensor, *, stages: int | None = None) -> Tensor:
-        """Codes of the first ``stages`` stages (default: all): int64 ``[..., Q]``, −1 for the others."""
+        """Codes of the first ``stages`` stages (default: all): int64 ``[..., Q]``, −1 for the others; none is drawn."""
         rows = self.layout.rows(x, self.codebook.dtype)
-        _, indices, _ = self._quantize(rows, stages)
+        _, indices, _ = self._quantize(rows, stages, None, training=False)
         return self.layout.indices(indices, x, self.num_quantizers)
 
     def get_codes(self, indices: Tensor) -> Tensor:
@@ -246,29 +246,34 @@ class ResidualVQ(Codebook):
             return [codebook] * self.num_quantizers
         return list(codebook.split(self.num_codes, dim=-2))
 
-    def _quantize(self, rows: Tensor, stages: Tensor | int | None, mask: Tensor | None = None) -> Quantized:
+    def _quantize(self, rows: Tensor, stages: Tensor | int | None, mask: Tensor | None, training: bool) -> Quantized:
         """Values, indices and squared errors of all stages; the gradient of the errors reaches what they train."""
         codes = self._stage_codes()
-        quantized, indices, error = self._search(rows, codes, stages, mask)
-        if self.training and self.gradient == "directional":
+        quantized, indices, error = self._search(rows, codes, stages, mask, training)
+        if training and self.gradient == "directional":
             picked = [gather(book, index) for book, index in zip(stage_books(codes), indices.unbind(-1), strict=True)]
             total = torch.stack(picked).sum(dim=0)
             quantized = directional(rows, total, indices[..., 0] >= 0, self.directional_variance)
         return quantized, indices, error
 
     def _search(
-        self, rows: Tensor, codes: Tensor | list[Tensor], stages: Tensor | int | None, mask: Tensor | None
+        self,
+        rows: Tensor,
+        codes: Tensor | list[Tensor],
+        stages: Tensor | int | None,
+        mask: Tensor | None,
+        training: bool,
     ) -> Quantized:
         if self.gradient == "directional":
             codes = [book.detach() for book in stage_books(codes)]
-        sampled = self.training and self.sample_temperature > 0.0
+        sampled = training and self.sample_temperature > 0.0
         if self.metric == "euclidean" and not sampled:
             return ops.residual_vq_quantize(
                 rows,
                 codes,
                 gradient=fused(self.gradient),
                 commitment_weight=self.commitment_weight,
-                beam=self.beam_size if self.training or self.eval_beam_size is None else self.eval_beam_size,
+                beam=self.beam_size if training or self.eval_beam_size is None else self.eval_beam_size,
                 stages=stages,
                 mask=mask,
             )
