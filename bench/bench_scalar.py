@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from harness import MODES, shapes
 from torch import Tensor
-from vector_quantize_pytorch import FSQ, LFQ, LatentQuantize
+from vector_quantize_pytorch import FSQ, LFQ, LatentQuantize, ResidualFSQ
 
 from isthmus import ops
 
@@ -41,6 +41,34 @@ def bench_fsq_quantize(contest, shape, mode):
         plain=lambda x: fsq(x, sizes, basis),
         peer=("vector-quantize-pytorch", lambda x: tuple(t for t in peer(x) if t is not None)),
         isthmus=lambda x: ops.fsq_quantize(x, levels),
+        compare=floats,
+    )
+
+
+@MODES
+@shapes({"N": 1024, "Q": 4}, large=({"N": 8192, "Q": 8},))
+def bench_residual_fsq_quantize(contest, shape, mode):
+    levels, stages = (5, 3) * 4, shape["Q"]
+    sizes = torch.tensor(levels)
+    basis = torch.cumprod(torch.tensor((1, *levels[:-1])), 0)
+    bound, half = sizes / (sizes - 1), (sizes - 1) / 2
+    peer = ResidualFSQ(levels=list(levels), num_quantizers=stages)
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        bounded = bound * (x / bound).tanh()
+        left, total, indices = bounded.detach(), 0.0, []
+        for q in range(stages):
+            digits = (half * (left + 1)).round().clamp(torch.zeros_like(half), sizes - 1)
+            total = total + (digits / half - 1) / sizes**q
+            indices.append((digits * basis).sum(-1).long())
+            left = sizes * (left - (digits / half - 1))
+        return bounded + (total - bounded).detach(), torch.stack(indices, -1)
+
+    contest(
+        torch.randn(1, shape["N"], 8),
+        plain=plain,
+        peer=("vector-quantize-pytorch", peer),
+        isthmus=lambda x: ops.residual_fsq_quantize(x, levels, stages),
         compare=floats,
     )
 

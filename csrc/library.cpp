@@ -98,10 +98,12 @@ void define_schemas(StableLibrary& m) {
   // scalar
   m.def("fsq_quantize(Tensor x, int[] levels, Tensor? mask, Tensor? key, bool symmetric, bool hard_clamp, float noise_dropout) -> (Tensor, Tensor)");
   m.def("fsq_quantize_backward(Tensor grad, Tensor x, int[] levels, Tensor? mask, bool symmetric, bool hard_clamp) -> Tensor");
+  m.def("residual_fsq_quantize(Tensor x, int[] levels, int num_quantizers, Tensor? stages, bool hard_clamp) -> (Tensor, Tensor)");
+  m.def("residual_fsq_quantize_backward(Tensor grad, Tensor x, int[] levels, Tensor? stages, bool hard_clamp) -> Tensor");
   m.def("lfq_quantize(Tensor x, Tensor? mask, float scale, bool spherical) -> (Tensor, Tensor, Tensor)");
   m.def("lfq_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor? mask, float scale, bool spherical) -> Tensor");
-  m.def("lfq_quantize_entropy(Tensor x, Tensor? mask, float scale, bool spherical, float inverse_temperature, int codebooks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("lfq_quantize_entropy_backward(Tensor grad_quantized, Tensor grad_error, Tensor grad_entropy, Tensor grad_bit_counts, Tensor x, Tensor? mask, float scale, bool spherical, float inverse_temperature, int codebooks) -> Tensor");
+  m.def("lfq_quantize_entropy(Tensor x, Tensor? mask, float scale, bool spherical, Tensor inverse_temperature, int codebooks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("lfq_quantize_entropy_backward(Tensor grad_quantized, Tensor grad_error, Tensor grad_entropy, Tensor grad_bit_counts, Tensor x, Tensor? mask, float scale, bool spherical, Tensor inverse_temperature, int codebooks) -> Tensor");
   m.def("latent_quantize(Tensor x, Tensor codebooks, int[] levels, Tensor? mask, float commitment_weight) -> (Tensor, Tensor, Tensor)");
   m.def("latent_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebooks, int[] levels, Tensor? mask, float commitment_weight, bool need_codebooks) -> (Tensor, Tensor)");
   m.def("fsq_decode(Tensor indices, int[] levels, bool symmetric, bool first_highest, float scale, ScalarType dtype) -> Tensor");

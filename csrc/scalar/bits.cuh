@@ -62,7 +62,7 @@ __device__ void quantize_row(const LfqQuantize& args, int64_t row, Compute<T>* s
     index = index << 1 | static_cast<uint64_t>(u > C(0));
     error += (u - q) * (u - q);
     if (!counted) continue;
-    const SoftBit<C> bit(static_cast<C>(args.sharpness) * u);
+    const SoftBit<C> bit(static_cast<C>(args.sharpness()) * u);
     entropy += bit.entropy;
     soft[c] = out ? C(0) : bit.probability;
   }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(rows_per_block) lfq_backward_kernel(LfqBackwar
   const LfqRow<T> own(args, row);
   const T* grad_quantized = static_cast<const T*>(args.grad_quantized) + own.first;
   T* grad_x = static_cast<T*>(args.grad_x) + own.first;
-  const C sharpness = static_cast<C>(args.sharpness), value = static_cast<C>(args.value);
+  const C sharpness = static_cast<C>(args.sharpness()), value = static_cast<C>(args.value);
   const C error = static_cast<const C*>(args.grad_error)[own.position];
   const C* counts = static_cast<const C*>(args.grad_bit_counts);
   const C entropy = counts == nullptr ? C(0) : static_cast<const C*>(args.grad_entropy)[own.position];

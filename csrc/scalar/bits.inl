@@ -103,7 +103,7 @@ class LfqForward {
   void operator()(const Group& group, double* counts) {
     const C* u = rows_.u(group);
     T* quantized = static_cast<T*>(args_.quantized);
-    const C value = static_cast<C>(args_.value), sharpness = static_cast<C>(args_.sharpness);
+    const C value = static_cast<C>(args_.value), sharpness = static_cast<C>(args_.sharpness());
     bits_.clear();
     for_vectors<C>(group.count(), [&](int64_t j, int64_t left) {
       const V v = load(u + j), q = corner(v, value), off = v - q;
@@ -172,7 +172,7 @@ class LfqGradient {
     const Group rows = rows_.vectors(group);
     C* grad = grad_[0];
     const T* grad_quantized = static_cast<const T*>(args_.grad_quantized) + group.first();
-    const C value = static_cast<C>(args_.value), sharpness = static_cast<C>(args_.sharpness);
+    const C value = static_cast<C>(args_.value), sharpness = static_cast<C>(args_.sharpness());
     const PerRow<C> error(rows, static_cast<const C*>(args_.grad_error) + rows.row, table_[0]);
     PerRow<C> entropy;
     if constexpr (Entropy) {

@@ -1,21 +1,18 @@
 // Quantizers without a codebook table on CUDA: one thread a row (rows.cuh), signs and sampled bits in bits.cuh, scalar
-// codebooks in latent.cuh, finite scalars and storage here. What is computed stands in the .inl files of the CPU.
+// codebooks in latent.cuh, stages of finite scalars in residual.cuh, single ones and storage here. What is computed
+// stands in the .inl files of the CPU.
 
 #include <cmath>
 #include <cstdio>
 
 #include "scalar/bits.cuh"
 #include "scalar/latent.cuh"
+#include "scalar/residual.cuh"
 
 namespace isthmus::cuda {
 namespace {
 
 // ---- finite scalars ------------------------------------------------------------------------------------------------
-
-template <class C>
-__device__ __forceinline__ C clamped(C t) {
-  return t > C(1) ? C(1) : (t < C(-1) ? C(-1) : t);
-}
 
 template <class T>
 __global__ void __launch_bounds__(rows_per_block) fsq_kernel(FsqQuantize args) {
@@ -30,7 +27,8 @@ __global__ void __launch_bounds__(rows_per_block) fsq_kernel(FsqQuantize args) {
   for (int d = 0; d < args.levels.dims; ++d) {
     const Grid& grid = args.grid[d];
     const C t = to_compute(static_cast<const T*>(args.x)[first + d]) + static_cast<C>(grid.shift);
-    const C u = static_cast<C>(grid.half) * (args.hard_clamp ? clamped(t) : tanh(t)) - static_cast<C>(grid.offset);
+    const C u =
+        static_cast<C>(grid.half) * (args.hard_clamp ? clamped(t, C(1)) : tanh(t)) - static_cast<C>(grid.offset);
     const C rounded = rint(u);
     C value = rounded;
     if (noisy) {
@@ -137,6 +135,18 @@ void scalar_fsq_quantize(const FsqQuantize& args, void* stream) {
 void scalar_fsq_backward(const FsqBackward& args, void* stream) {
   dispatch_dtype(args.dtype,
                  [&]<class T>() { launch_rows("fsq_backward", fsq_backward_kernel<T>, args.rows, stream, args); });
+}
+
+void scalar_residual_fsq_quantize(const ResidualFsqQuantize& args, void* stream) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    launch_rows("residual_fsq_quantize", residual_fsq_kernel<T>, args.rows, stream, args);
+  });
+}
+
+void scalar_residual_fsq_backward(const ResidualFsqBackward& args, void* stream) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    launch_rows("residual_fsq_backward", residual_fsq_backward_kernel<T>, args.rows, stream, args);
+  });
 }
 
 void scalar_fsq_decode(const FsqDecode& args, void* stream) {

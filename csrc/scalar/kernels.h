@@ -52,14 +52,39 @@ struct FsqBackward : Fsq {
   void* grad_x;
 };
 
-// u = x, or scale · x / |x| on the sphere; quantized = ±value. Bits are Bernoulli(σ(sharpness · u)).
+// Rounds in stages: with b = L / (L - 1) and at first left = b · s(x / b), stage q takes the nearest of L levels in
+// [-1, 1], adds it at scale L^-q, and hands (left - level) · L on.
+struct ResidualFsq {
+  DType dtype;
+  int64_t rows, stages;
+  Levels levels;
+  bool hard_clamp;      // s is a clamp to [-1, 1], not tanh
+  const int64_t* kept;  // [rows]: stages of each row, or null: all of them
+  const void* x;        // [rows, dims]
+};
+
+struct ResidualFsqQuantize : ResidualFsq {
+  void* quantized;   // [rows, dims]
+  int64_t* indices;  // [rows, stages]; -1 where a row has no such stage
+};
+
+struct ResidualFsqBackward : ResidualFsq {
+  const void* grad;  // [rows, dims]
+  void* grad_x;
+};
+
+// u = x, or scale · x / |x| on the sphere; quantized = ±value. Bits are Bernoulli(σ(sharpness · u)). The temperature is
+// read where the kernel runs, so that annealing it needs no host, no new graph and no new compilation.
 struct Lfq {
   DType dtype;
   int64_t rows, codebooks, bits;
   bool spherical;
-  double scale, value, sharpness;
-  const bool* mask;  // [rows] or null
-  const void* x;     // [rows, codebooks, bits]
+  double scale, value;
+  const double* inverse_temperature;  // [1], or null: no soft bits
+  const bool* mask;                   // [rows] or null
+  const void* x;                      // [rows, codebooks, bits]
+
+  constexpr double sharpness() const { return inverse_temperature == nullptr ? 0 : 4 * *inverse_temperature * value; }
 };
 
 struct LfqQuantize : Lfq {
@@ -188,6 +213,8 @@ struct Narrow {
 struct ScalarKernels {
   void (*fsq_quantize)(const FsqQuantize&);
   void (*fsq_backward)(const FsqBackward&);
+  void (*residual_fsq_quantize)(const ResidualFsqQuantize&);
+  void (*residual_fsq_backward)(const ResidualFsqBackward&);
   void (*lfq_quantize)(const LfqQuantize&);
   void (*lfq_backward)(const LfqBackward&);
   void (*latent_quantize)(const LatentQuantize&);
@@ -211,6 +238,8 @@ int64_t lfq_workspace(int64_t rows, int64_t columns);
 int64_t latent_workspace(int64_t rows, int64_t dims, int64_t entries);
 void scalar_fsq_quantize(const FsqQuantize&, void* stream);
 void scalar_fsq_backward(const FsqBackward&, void* stream);
+void scalar_residual_fsq_quantize(const ResidualFsqQuantize&, void* stream);
+void scalar_residual_fsq_backward(const ResidualFsqBackward&, void* stream);
 void scalar_lfq_quantize(const LfqQuantize&, void* stream);
 void scalar_lfq_backward(const LfqBackward&, void* stream);
 void scalar_latent_quantize(const LatentQuantize&, void* stream);

@@ -122,14 +122,67 @@ Tensor fsq_quantize_backward(const Tensor& grad_, const Tensor& x_, const std::v
   return grad_x;
 }
 
+// kept: how many stages each row has, for all stages if absent.
+ResidualFsq residual_fsq(const Tensor& x, const std::vector<int64_t>& levels, int64_t stages,
+                         const OptionalTensor& kept, bool hard_clamp) {
+  if (stages < 1) fail("num_quantizers is ", stages, "; expected at least 1");
+  const Levels parsed = parse_levels(levels, most_fsq_levels);
+  check_columns(x, "x", parsed);
+  if (kept) {
+    check_int64(*kept, "stages");
+    check_device(*kept, "stages", x, "x");
+    if (sizes_of(*kept) != leading_sizes(x)) {
+      fail("stages has shape ", shape_of(*kept), "; expected the leading shape of x, which has shape ", shape_of(x));
+    }
+  }
+  return {dtype_of(x, "x"), leading_size(x), stages, parsed, hard_clamp, kept ? int64_data(*kept) : nullptr, data(x)};
+}
+
+std::tuple<Tensor, Tensor> residual_fsq_quantize(const Tensor& x_, const std::vector<int64_t>& levels, int64_t stages,
+                                                 const OptionalTensor& kept_, bool hard_clamp) {
+  const Tensor x = as_contiguous(x_);
+  const OptionalTensor kept = as_contiguous(kept_);
+  const ResidualFsq in = residual_fsq(x, levels, stages, kept, hard_clamp);
+  for (int64_t row = 0; kept && !x.is_cuda() && row < in.rows; ++row) {
+    if (in.kept[row] < 0 || in.kept[row] > stages) fail("stages holds ", in.kept[row], "; expected 0 to ", stages);
+  }
+  std::vector<int64_t> sizes = leading_sizes(x);
+  sizes.push_back(stages);
+  const Tensor quantized = like(x), indices = empty(sizes, ScalarType::Long, x);
+  const ResidualFsqQuantize args{in, mutable_data(quantized), index_data(indices)};
+  ISTHMUS_LAUNCH(x, scalar, residual_fsq_quantize, args);
+  return {quantized, indices};
+}
+
+Tensor residual_fsq_quantize_backward(const Tensor& grad_, const Tensor& x_, const std::vector<int64_t>& levels,
+                                      const OptionalTensor& kept_, bool hard_clamp) {
+  check_like(grad_, "grad", x_, "x");
+  const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_), grad_x = like(x);
+  const OptionalTensor kept = as_contiguous(kept_);
+  const ResidualFsqBackward args{residual_fsq(x, levels, 1, kept, hard_clamp), data(grad), mutable_data(grad_x)};
+  ISTHMUS_LAUNCH(x, scalar, residual_fsq_backward, args);
+  return grad_x;
+}
+
 // ---- signs ---------------------------------------------------------------------------------------------------------
 
+// Its number is looked at on the CPU alone: on CUDA that would wait for the device.
+const double* temperature_data(const Tensor& inverse_temperature, const Tensor& x) {
+  check_device(inverse_temperature, "inverse_temperature", x, "x");
+  if (inverse_temperature.scalar_type() != ScalarType::Double || inverse_temperature.numel() != 1) {
+    fail("inverse_temperature has dtype ", name_of(inverse_temperature.scalar_type()), " and shape ",
+         shape_of(inverse_temperature), "; expected one float64 number");
+  }
+  const double* value = static_cast<const double*>(data(inverse_temperature));
+  if (!x.is_cuda() && !(*value > 0)) fail("inverse_temperature is ", *value, "; expected a positive number");
+  return value;
+}
+
 // codebooks: size of the dimension before the last, or 0 if all but the last are rows.
-Lfq lfq(const Tensor& x, const OptionalTensor& mask, double scale, bool spherical, double inverse_temperature,
+Lfq lfq(const Tensor& x, const OptionalTensor& mask, double scale, bool spherical, const double* inverse_temperature,
         int64_t codebooks) {
   check_bits(x, "x");
   if (!(scale > 0)) fail("scale is ", scale, "; expected a positive number");
-  if (!(inverse_temperature > 0)) fail("inverse_temperature is ", inverse_temperature, "; expected a positive number");
   if (codebooks != 0 && (x.dim() < 2 || x.size(x.dim() - 2) != codebooks)) {
     fail("x has shape ", shape_of(x), "; expected [..., ", codebooks, ", bits], one row for each of num_codebooks");
   }
@@ -142,7 +195,7 @@ Lfq lfq(const Tensor& x, const OptionalTensor& mask, double scale, bool spherica
           spherical,
           scale,
           value,
-          4 * inverse_temperature * value,
+          inverse_temperature,
           mask_data(mask, x, dims),
           data(x)};
 }
@@ -151,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> lfq_quantize(const Tensor& x_, const Optional
                                                 bool spherical) {
   const Tensor x = as_contiguous(x_);
   const OptionalTensor mask = as_contiguous(mask_);
-  const Lfq in = lfq(x, mask, scale, spherical, 1, 0);
+  const Lfq in = lfq(x, mask, scale, spherical, nullptr, 0);
   const Tensor quantized = like(x), indices = row_indices(x), error = row_values(x);
   const LfqQuantize args{in,     mutable_data(quantized), index_data(indices), mutable_data(error), nullptr, nullptr,
                          nullptr};
@@ -166,7 +219,7 @@ Tensor lfq_quantize_backward(const Tensor& grad_quantized_, const Tensor& grad_e
   const Tensor grad_quantized = as_contiguous(grad_quantized_), grad_error = as_contiguous(grad_error_);
   const Tensor x = as_contiguous(x_), grad_x = like(x);
   const OptionalTensor mask = as_contiguous(mask_);
-  const LfqBackward args{lfq(x, mask, scale, spherical, 1, 0),
+  const LfqBackward args{lfq(x, mask, scale, spherical, nullptr, 0),
                          data(grad_quantized),
                          data(grad_error),
                          nullptr,
@@ -183,10 +236,11 @@ std::vector<int64_t> count_sizes(const Lfq& in, int64_t codebooks) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lfq_quantize_entropy(const Tensor& x_, const OptionalTensor& mask_,
                                                                         double scale, bool spherical,
-                                                                        double inverse_temperature, int64_t codebooks) {
+                                                                        const Tensor& inverse_temperature,
+                                                                        int64_t codebooks) {
   const Tensor x = as_contiguous(x_);
   const OptionalTensor mask = as_contiguous(mask_);
-  const Lfq in = lfq(x, mask, scale, spherical, inverse_temperature, codebooks);
+  const Lfq in = lfq(x, mask, scale, spherical, temperature_data(inverse_temperature, x), codebooks);
   const Tensor quantized = like(x), indices = row_indices(x), error = row_values(x), entropy = row_values(x);
   const Tensor counts = empty(count_sizes(in, codebooks), accumulate_type(x), x);
   int64_t doubles = 0;
@@ -208,13 +262,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lfq_quantize_entropy(const Te
 Tensor lfq_quantize_entropy_backward(const Tensor& grad_quantized_, const Tensor& grad_error_,
                                      const Tensor& grad_entropy_, const Tensor& grad_counts_, const Tensor& x_,
                                      const OptionalTensor& mask_, double scale, bool spherical,
-                                     double inverse_temperature, int64_t codebooks) {
+                                     const Tensor& inverse_temperature, int64_t codebooks) {
   check_like(grad_quantized_, "grad_quantized", x_, "x");
   check_row_gradient(grad_error_, "grad_error", x_);
   check_row_gradient(grad_entropy_, "grad_entropy", x_);
   const Tensor x = as_contiguous(x_), grad_x = like(x);
   const OptionalTensor mask = as_contiguous(mask_);
-  const Lfq in = lfq(x, mask, scale, spherical, inverse_temperature, codebooks);
+  const Lfq in = lfq(x, mask, scale, spherical, temperature_data(inverse_temperature, x), codebooks);
   check_accumulated(grad_counts_, "grad_bit_counts", count_sizes(in, codebooks), x, "x");
   const Tensor grad_quantized = as_contiguous(grad_quantized_), grad_error = as_contiguous(grad_error_);
   const Tensor grad_entropy = as_contiguous(grad_entropy_), grad_counts = as_contiguous(grad_counts_);
@@ -477,6 +531,8 @@ Tensor narrow_indices(const Tensor& indices_, int64_t num_codes) {
 void register_scalar(StableLibrary& m) {
   m.impl("fsq_quantize", TORCH_BOX(&fsq_quantize));
   m.impl("fsq_quantize_backward", TORCH_BOX(&fsq_quantize_backward));
+  m.impl("residual_fsq_quantize", TORCH_BOX(&residual_fsq_quantize));
+  m.impl("residual_fsq_quantize_backward", TORCH_BOX(&residual_fsq_quantize_backward));
   m.impl("lfq_quantize", TORCH_BOX(&lfq_quantize));
   m.impl("lfq_quantize_backward", TORCH_BOX(&lfq_quantize_backward));
   m.impl("lfq_quantize_entropy", TORCH_BOX(&lfq_quantize_entropy));

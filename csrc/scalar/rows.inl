@@ -78,12 +78,16 @@ void sum_rows(const Group& group, const C* x, C* sums) {
 template <class C>
 using Digit = decltype(+Mask<C>{}[0]);
 
-// Indices of a group from its digits. Where every index is a number of C, they are sums of rows.
+// Indices of a group from its digits, one for each stage. Where every index is a number of C, they are sums of rows.
 template <class C>
 class RowIndices {
  public:
-  RowIndices(const Levels& levels, const RowGroups& groups)
-      : columns_(groups), terms_(groups.elements()), sums_(groups.rows_per_group) {
+  RowIndices(const Levels& levels, const RowGroups& groups, int64_t stages = 1)
+      : stages_(stages),
+        columns_(groups),
+        sums_(groups.rows_per_group),
+        stride_((groups.elements() / lanes<C> + 2) * lanes<C>),
+        terms_(stages * stride_) {
     double codes = 1;
     int64_t stride = 1;
     for (int d = 0; d < levels.dims; ++d, stride *= levels.size[d - 1]) {
@@ -94,27 +98,37 @@ class RowIndices {
     columns_.set(0, [&](int64_t c) { return exact_ ? strides_[c] : 1; });
   }
 
-  ISTHMUS_INLINE void put(int64_t j, Vec<C> digits) { store(terms_[0] + j, digits * columns_.at(0, j)); }
+  ISTHMUS_INLINE void put(int64_t j, Vec<C> digits, int64_t stage = 0) {
+    store(terms_.data + stage * stride_ + j, digits * columns_.at(0, j));
+  }
 
+  // indices: [rows, stages]
   void write(const Group& group, int64_t* indices) const {
-    if (exact_) {
-      sum_rows(group, terms_[0], sums_[0]);
-      for (int64_t r = 0; r < group.rows; ++r) indices[group.row + r] = static_cast<int64_t>(sums_[0][r]);
-      return;
-    }
-    const C* digits = terms_[0];
-    for (int64_t r = 0; r < group.rows; ++r, digits += group.cols) {
-      int64_t index = 0;
-      for (int64_t c = 0; c < group.cols; ++c) index += static_cast<int64_t>(digits[c]) * strides_[c];
-      indices[group.row + r] = index;
+    for (int64_t stage = 0; stage < stages_; ++stage) {
+      write_stage(group, terms_.data + stage * stride_, indices + group.row * stages_ + stage);
     }
   }
 
  private:
-  int64_t strides_[max_scalar_dims];
+  void write_stage(const Group& group, const C* terms, int64_t* indices) const {
+    if (exact_) {
+      sum_rows(group, terms, sums_[0]);
+      for (int64_t r = 0; r < group.rows; ++r) indices[r * stages_] = static_cast<int64_t>(sums_[0][r]);
+      return;
+    }
+    for (int64_t r = 0; r < group.rows; ++r, terms += group.cols) {
+      int64_t index = 0;
+      for (int64_t c = 0; c < group.cols; ++c) index += static_cast<int64_t>(terms[c]) * strides_[c];
+      indices[r * stages_] = index;
+    }
+  }
+
+  int64_t stages_, strides_[max_scalar_dims];
   bool exact_;
   Columns<C, 1> columns_;
-  Scratch<C, 1> terms_, sums_;
+  Scratch<C, 1> sums_;
+  int64_t stride_;
+  Buffer<C> terms_;
 };
 
 // One bit for each lane of a comparison.

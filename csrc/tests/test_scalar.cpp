@@ -51,6 +51,56 @@ void test_fsq(DType dtype, int64_t rows) {
   });
 }
 
+// Each prefix of the stages names the bin of so many digits that holds the number.
+void test_stages(DType dtype, int64_t rows) {
+  constexpr int64_t stages = 4;
+  ResidualFsqQuantize args{};
+  args.dtype = dtype;
+  args.rows = rows;
+  args.stages = stages;
+  args.levels = {3, {8, 5, 2}};
+  args.hard_clamp = true;
+  const Array x = Random(3).normal(dtype, rows * 3);
+  std::vector<int64_t> kept(static_cast<size_t>(rows));
+  for (int64_t row = 0; row < rows; ++row) kept[static_cast<size_t>(row)] = row % (stages + 1);
+  args.x = x.data();
+  args.kept = kept.data();
+  const auto compute = [&] {
+    std::vector<int64_t> indices(static_cast<size_t>(rows * stages), -7);
+    Array quantized(dtype, rows * 3);
+    args.quantized = quantized.data();
+    args.indices = indices.data();
+    scalar_kernels().residual_fsq_quantize(args);
+    return std::tuple(indices, quantized);
+  };
+  on_every_level(compute, [&](const auto& outputs) {
+    const auto& [indices, quantized] = outputs;
+    const double rounding = dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t stride = 1;
+      for (int d = 0; d < 3; ++d) {
+        const double size = static_cast<double>(args.levels.size[d]), bound = size / (size - 1);
+        const double number = std::fmin(std::fmax(x[row * 3 + d], -bound), bound);
+        double value = 0, bin = bound;
+        for (int64_t q = 0; q < stages; ++q) {
+          const int64_t index = indices[static_cast<size_t>(row * stages + q)];
+          CHECK_THAT((index >= 0) == (q < row % (stages + 1)), "row %ld stage %ld has index %ld (level %s)",
+                     static_cast<long>(row), static_cast<long>(q), static_cast<long>(index), isa_name(current_isa()));
+          if (index < 0) continue;
+          const double digit = static_cast<double>(index / stride % args.levels.size[d]);
+          value += (2 * digit / (size - 1) - 1) * std::pow(size, -static_cast<double>(q));
+          bin /= size;
+          CHECK_THAT(std::fabs(value - number) <= bin + 1e-6, "row %ld stage %ld is in another bin (level %s)",
+                     static_cast<long>(row), static_cast<long>(q), isa_name(current_isa()));
+        }
+        CHECK_THAT(std::fabs(quantized[row * 3 + d] - value) <= 1e-6 + rounding * bound,
+                   "row %ld has another value (level %s)", static_cast<long>(row), isa_name(current_isa()));
+        stride *= args.levels.size[d];
+      }
+    }
+  });
+}
+
 void test_signs(DType dtype, int64_t rows, int64_t bits) {
   const Array x = Random(2).normal(dtype, rows * bits);
   const DType wide = accumulate_dtype(dtype);
@@ -58,7 +108,8 @@ void test_signs(DType dtype, int64_t rows, int64_t bits) {
     std::vector<int64_t> indices(static_cast<size_t>(rows), -7);
     Array quantized(dtype, rows * bits), error(wide, rows), entropy(wide, rows), counts(wide, bits);
     LfqQuantize args{};
-    static_cast<Lfq&>(args) = {dtype, rows, 1, bits, false, 1.0, 1.0, 0.5, nullptr, x.data()};
+    const double inverse_temperature = 0.125;
+    static_cast<Lfq&>(args) = {dtype, rows, 1, bits, false, 1.0, 1.0, &inverse_temperature, nullptr, x.data()};
     args.quantized = quantized.data();
     args.indices = indices.data();
     args.error = error.data();
@@ -113,6 +164,7 @@ int main() {
   for (const DType dtype : all_dtypes) {
     for (const int64_t rows : {0, 1, 37, 5000}) {
       test_fsq(dtype, rows);
+      test_stages(dtype, rows);
       for (const int64_t bits : {1, 7, 18, 62}) test_signs(dtype, rows, bits);
     }
   }

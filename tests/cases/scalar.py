@@ -55,6 +55,20 @@ def fsq_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def residual_fsq_cases() -> list[Case]:
+    op, expect = ops.residual_fsq_quantize, plain(reference.residual_fsq_quantize)
+    some = lambda: rows(3, 7, 5, mask=(3, 7))() | {"stages": torch.randint(0, 4, (3, 7))}  # noqa: E731
+    stages = {"levels": LEVELS, "num_quantizers": 3}
+    return [
+        Case("residual-fsq", op, rows(31, 5), expect, X, (), stages),
+        # Odd numbers of levels: half types lie on no edges of bins but those of the first stage, which are exact.
+        Case("residual-fsq-clamp", op, rows(2, 9, 5), expect, X, (),
+             {"levels": (7, 5, 3, 9, 2), "num_quantizers": 3, "hard_clamp": True}),
+        Case("residual-fsq-stages", op, some, expect, X, (), stages, batched=False),
+        Case("residual-fsq-one", op, rows(40, 2), expect, X, (), {"levels": (300, 65), "num_quantizers": 1}),
+    ]  # fmt: skip
+
+
 def lfq_cases() -> list[Case]:
     op, expect = ops.lfq_quantize, plain(reference.lfq_quantize)
     soft, expect_soft = ops.lfq_quantize_entropy, plain(reference.lfq_quantize_entropy)
@@ -125,4 +139,4 @@ def storage_cases() -> list[Case]:
 
 
 def scalar_cases() -> list[Case]:
-    return fsq_cases() + lfq_cases() + latent_cases() + binary_cases() + storage_cases()
+    return fsq_cases() + residual_fsq_cases() + lfq_cases() + latent_cases() + binary_cases() + storage_cases()

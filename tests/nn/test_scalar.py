@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import isthmus
@@ -133,6 +134,21 @@ def test_lfq_loss_is_the_formula():
     commitment = (vectors - vectors.sign()).square().mean()
     torch.testing.assert_close(out[3:], (sample, batch, commitment))
     torch.testing.assert_close(out.loss, 0.2 * (sample - 0.7 * batch) + 0.3 * commitment)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LFQ(2**5), lambda: nn.LFQ(2**5, spherical=True), lambda: nn.ResidualLFQ(2**5, num_quantizers=3)]
+)
+def test_annealing_by_a_tensor_compiles_once(make):
+    quantizer, x = make(), torch.randn(40, 5, requires_grad=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compiled = torch.compile(quantizer, fullgraph=True, backend=counter)
+    for value in (1.0, 2.0, 5.0):
+        losses = compiled(x, inv_temperature=torch.tensor(value)).loss, quantizer(x, inv_temperature=value).loss
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in losses))
+    assert counter.frame_count == 1
 
 
 def test_entropy_loss_spreads_codes():

@@ -59,6 +59,43 @@ def test_fsq_equals_the_peer():
         torch.testing.assert_close(quantized, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_each_stage_of_fsq_is_a_digit(dtype, isa):
+    """Each prefix of the stages decodes to the middle of the bin of so many digits that holds the number."""
+    levels, stages = torch.tensor([8, 5, 3, 2]), 4
+    x = (1.5 * torch.randn(2000, 4)).to(dtype)
+    quantized, indices = ops.residual_fsq_quantize(x, levels.tolist(), stages, hard_clamp=True)
+    bound = levels / (levels - 1.0)
+    bounded, decoded = x.double().clamp(-bound, bound), 0.0
+    for q in range(stages):
+        decoded = decoded + ops.fsq_decode(indices[:, q], levels.tolist(), symmetric=True).double() / levels**q
+        assert ((decoded - bounded).abs() <= bound * (1 / levels.double() ** (q + 1) + 1e-6)).all()
+    torch.testing.assert_close(quantized.double(), decoded, rtol=0, atol=max(1e-6, torch.finfo(dtype).eps))
+
+
+def test_stages_of_fsq_equal_the_peer():
+    peer = pytest.importorskip("vector_quantize_pytorch")
+    x = torch.randn(40, 20, 4)
+    expected, indices = peer.ResidualFSQ(levels=[8, 5, 5, 3], num_quantizers=4)(x)
+    quantized, found = ops.residual_fsq_quantize(x, (8, 5, 5, 3), 4)
+    assert torch.equal(found, indices.long())
+    torch.testing.assert_close(quantized, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_quantizers": 0}, "num_quantizers is 0"),
+        ({"num_quantizers": 2, "stages": 3}, "stages holds 3; expected 0 to 2"),
+        ({"num_quantizers": 2, "stages": torch.zeros(2, dtype=torch.int64)}, "stages has shape \\[2\\]"),
+        ({"num_quantizers": 2, "levels": (8,)}, "expected \\[..., 1\\]"),
+    ],
+)
+def test_stages_of_fsq_are_refused(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.residual_fsq_quantize(torch.zeros(3, 2), **{"levels": (8, 5)} | options)
+
+
 def test_fsq_dropout_is_uniform_around_the_bounded_value():
     x = torch.full((200_000, 1), 0.3)
     rounded, index = ops.fsq_quantize(x[:1], (9,))
@@ -108,6 +145,7 @@ def test_a_nan_stays_in_its_number():
     x[1, 2] = math.nan
     for quantized, indices, *errors in (
         ops.fsq_quantize(x, (5,) * 4),
+        (ops.residual_fsq_quantize(x, (5,) * 4, 1)[0], ops.residual_fsq_quantize(x, (5,) * 4, 3)[1][:, 2]),
         ops.lfq_quantize(x),
         ops.latent_quantize(x, torch.tensor([[-1.0, 0.0, 2.0]] * 4)),
     ):
@@ -125,6 +163,7 @@ def test_masked_rows_touch_nothing():
     codebooks = torch.randn(6, 4, requires_grad=True)
     runs = {
         "fsq": lambda x, mask: ops.fsq_quantize(x, (5,) * 6, mask=mask),
+        "residual-fsq": lambda x, mask: ops.residual_fsq_quantize(x, (5,) * 6, 3, mask=mask),
         "lfq": lambda x, mask: ops.lfq_quantize_entropy(x, spherical=True, mask=mask),
         "latent": lambda x, mask: ops.latent_quantize(x, codebooks, mask=mask),
     }
@@ -164,6 +203,35 @@ def test_entropy_factorises_over_bits(spherical):
     exact = ops.code_entropy(counts)
     torch.testing.assert_close(exact, torch.special.entr(p.mean(0)).sum())
     assert exact < ops.bit_entropy(bit_counts, 50)  # independent bits have the largest entropy of all with their means
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_temperature_may_be_a_tensor(dtype):
+    x = torch.randn(30, 5, dtype=dtype, requires_grad=True)
+    found, expected = (
+        (*ops.lfq_quantize_entropy(x, **options), ops.lfq_code_counts(x, **options))
+        for options in ({"inverse_temperature": t, "scale": 0.5} for t in (torch.tensor(1.25), 1.25))
+    )
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+        if f.requires_grad:
+            assert torch.equal(*(torch.autograd.grad(t.sum(), x, retain_graph=True)[0] for t in (f, e)))
+    by_temperature = torch.func.vmap(lambda t: ops.lfq_quantize_entropy(x, inverse_temperature=t)[3])
+    rows = by_temperature(torch.tensor([0.5, 2.0]))
+    for row, t in zip(rows, (0.5, 2.0), strict=True):
+        assert torch.equal(row, ops.lfq_quantize_entropy(x, inverse_temperature=t)[3])
+
+
+@pytest.mark.parametrize("function", [ops.lfq_quantize_entropy, ops.lfq_code_counts])
+def test_a_temperature_is_a_constant(function):
+    with pytest.raises(ValueError, match="inverse_temperature requires a gradient"):
+        function(torch.zeros(2, 3), inverse_temperature=torch.tensor(1.0, requires_grad=True))
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "is 0"), (torch.tensor(-1.0), "is -1")])
+def test_a_temperature_is_positive(value, message):
+    with pytest.raises(RuntimeError, match=f"inverse_temperature {message}"):
+        ops.lfq_quantize_entropy(torch.zeros(2, 3), inverse_temperature=value)
 
 
 def test_entropy_has_the_peers_values_and_gradients():

@@ -106,10 +106,10 @@ class LFQ(ScalarQuantizer):
         self.batch_entropy = batch_entropy
         self.soft_clamp_input_value = soft_clamp_input_value
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, inv_temperature: float = 100.0) -> LFQOutput:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, inv_temperature: Tensor | float = 100.0) -> LFQOutput:
         """Quantize ``x``. The soft assignment is softmax(-inv_temperature · |u - code|²).
 
-        ``torch.compile`` takes the number as a constant: anneal it in a few steps, not in every iteration.
+        ``torch.compile`` compiles again for each new float: to anneal, pass a tensor of one number.
         """
         rows, kept = self._codes_of(x, mask)
         stage = self._stage(self._clamped(rows), kept, self.codebook_scale, inv_temperature)
@@ -132,7 +132,7 @@ class LFQ(ScalarQuantizer):
         most = self.soft_clamp_input_value
         return rows if most is None else (rows / most).tanh() * most
 
-    def _stage(self, rows: Tensor, kept: Tensor | None, scale: float, inv_temperature: float) -> SignStage:
+    def _stage(self, rows: Tensor, kept: Tensor | None, scale: float, inv_temperature: Tensor | float) -> SignStage:
         """Rows to the corners of ``scale``; ``kept`` is the same for all codebooks of a vector."""
         options: dict[str, Any] = {
             "scale": scale,

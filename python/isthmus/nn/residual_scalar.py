@@ -132,23 +132,14 @@ class ResidualFSQ(ResidualScalarQuantizer):
         """
         rows, kept = self._codes_of(x, mask)
         counts = self._stages(x, kept, stages)
-        bound = self._scale(-1, rows) / (self._scale(-1, rows) - 1)
-        bounded = rows.clamp(-bound, bound) if self.bound_hard_clamp else bound * (rows / bound).tanh()
-        left, indices = bounded.detach(), []
-        for q in range(self.dropout.num_quantizers):
-            scale, live = self._scale(q, rows), _having(counts, q)
-            codes, index = ops.fsq_quantize(left / scale, self.levels, symmetric=True, hard_clamp=True, mask=live)
-            left = left - codes * scale
-            indices.append(index)
-        vectors = self._vectors(bounded - left, torch.stack(indices, dim=-1), x, _having(counts, 0))
-        return ScalarQuantizerOutput(*vectors, rows.new_zeros(()))
+        codes, indices = ops.residual_fsq_quantize(
+            rows, self.levels, self.dropout.num_quantizers, hard_clamp=self.bound_hard_clamp, stages=counts
+        )
+        return ScalarQuantizerOutput(*self._vectors(codes, indices, x, _having(counts, 0)), rows.new_zeros(()))
 
     def _stage_codes(self, indices: Tensor, stage: int) -> Tensor:
         codes = ops.fsq_decode(indices, self.levels, symmetric=True)
-        return codes * self._scale(stage, codes)
-
-    def _scale(self, stage: int, like: Tensor) -> Tensor:
-        return like.new_tensor([float(size) ** -stage for size in self.levels])
+        return codes * codes.new_tensor([float(size) ** -stage for size in self.levels])
 
 
 class GroupedResidualFSQ(ResidualFSQ):
@@ -243,7 +234,7 @@ class ResidualLFQ(ResidualScalarQuantizer, LFQ):
         mask: Tensor | None = None,
         *,
         stages: Tensor | int | None = None,
-        inv_temperature: float = 100.0,
+        inv_temperature: Tensor | float = 100.0,
     ) -> LFQOutput:
         """Quantize ``x``; ``stages`` as in :class:`ResidualFSQ`, ``inv_temperature`` as in :class:`LFQ`."""
         rows, kept = self._codes_of(x, mask)

@@ -1,6 +1,7 @@
 """The ops. Each family is one file here, one folder in csrc/, one file in isthmus.reference."""
 
 from isthmus.ops._code_entropy import bit_entropy, code_entropy, lfq_code_counts
+from isthmus.ops._residual_fsq import residual_fsq_quantize
 from isthmus.ops.adam import adam_rows_
 from isthmus.ops.assignment import vq_cross_entropy, vq_sample, vq_soft_quantize, vq_soft_statistics
 from isthmus.ops.bayes import bayes_linear
@@ -71,6 +72,7 @@ __all__ = [
     "mmd",
     "pack_indices",
     "residual_code_totals",
+    "residual_fsq_quantize",
     "residual_vq_quantize",
     "sparse_decode",
     "sparse_reconstruct",

@@ -51,6 +51,20 @@ def as_rows(name: str, t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def active_stages(x: Tensor, count: int, stages: Tensor | int | None, mask: Tensor | None) -> Tensor | None:
+    """How many stages each row uses; None if all use all."""
+    shape = x.shape[:-1]
+    if isinstance(stages, int):
+        stages = torch.full(shape, stages, device=x.device)
+    elif stages is not None and stages.dim() == 0:
+        stages = stages.expand(shape)
+    if mask is None:
+        return stages
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected torch.bool {list(shape)}")
+    return torch.where(mask, count if stages is None else stages, 0)
+
+
 # ---- results without data, for fake kernels --------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ def lfq_code_counts(
     *,
     scale: float = 1.0,
     spherical: bool = False,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: Tensor | float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The soft histogram over all 2^n codes, Σ over rows of p(c | u): exact, and never rows × 2^n in memory.
@@ -40,6 +40,7 @@ def lfq_code_counts(
         tensor([3., 3.])
     """
     bits = x.shape[-1]
+    inverse_temperature = temperature_of(x, inverse_temperature)
     rows = x.reshape(-1, bits)
     kept = None if mask is None else mask.reshape(-1, 1)
     rows = rows if kept is None else torch.where(kept, rows, 0.0)
@@ -56,6 +57,15 @@ def lfq_code_counts(
     blocks = zip(rows.split(_ROWS_AT_ONCE), masks, strict=True)
     total = torch.stack([checkpoint(block, *pair, use_reentrant=False) for pair in blocks])
     return total.sum(0).flatten()
+
+
+def temperature_of(x: Tensor, value: Tensor | float) -> Tensor:
+    """As the op takes it: one float64 number on the device of ``x``."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.float64, device=x.device)
+    if value.requires_grad:
+        raise ValueError("inverse_temperature requires a gradient; expected a constant, as none is computed for it")
+    return value.to(x.device, torch.float64).reshape(())
 
 
 def _code_table(logits: Tensor) -> Tensor:

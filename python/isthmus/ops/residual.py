@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus import reference
-from isthmus.ops._arguments import accumulate_dtype, check_choice
+from isthmus.ops._arguments import accumulate_dtype, active_stages, check_choice
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -82,7 +82,7 @@ def residual_vq_quantize(
     """
     check_choice("gradient", gradient, ("straight_through", "rotation"))
     table, sizes = _as_table(codebooks)
-    active = _active_stages(x, len(sizes), stages, mask)
+    active = active_stages(x, len(sizes), stages, mask)
     return _residual_vq_quantize(x, table, active, sizes, beam, gradient, commitment_weight)
 
 
@@ -136,20 +136,6 @@ def _as_table(codebooks: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         if book.dtype != first.dtype:
             raise ValueError(f"codebooks[{stage}] has dtype {book.dtype}; expected {first.dtype}, like codebooks[0]")
     return torch.cat(books, -2), [book.shape[-2] for book in books]
-
-
-def _active_stages(x: Tensor, count: int, stages: Tensor | int | None, mask: Tensor | None) -> Tensor | None:
-    """How many stages each row uses; None if all use all."""
-    shape = x.shape[:-1]
-    if isinstance(stages, int):
-        stages = torch.full(shape, stages, device=x.device)
-    elif stages is not None and stages.dim() == 0:
-        stages = stages.expand(shape)
-    if mask is None:
-        return stages
-    if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected torch.bool {list(shape)}")
-    return torch.where(mask, count if stages is None else stages, 0)
 
 
 # ---- shapes without data ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from isthmus import reference
 from isthmus.ops._arguments import accumulate_dtype, check_choice, gradients_like, key_for, like, row_values
+from isthmus.ops._code_entropy import temperature_of
 from isthmus.ops._register import (
     eager,
     gradient_of,
@@ -137,7 +138,7 @@ def lfq_quantize_entropy(
     *,
     scale: float = 1.0,
     spherical: bool = False,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: Tensor | float = 1.0,
     num_codebooks: int | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +156,8 @@ def lfq_quantize_entropy(
 
     Args:
         x, scale, spherical: as in ``lfq_quantize``.
-        inverse_temperature: above 0.
+        inverse_temperature: above 0. A tensor of one number, without a gradient, is read where the kernel runs: under
+            torch.compile or in a CUDA graph it may change from call to call.
         num_codebooks: None: x is [..., n] and every row counts alike. C: x is [..., C, n], the mask [...], and
             ``bit_counts`` is kept for each codebook.
         mask: as in ``lfq_quantize``; masked rows have entropy 0 and are not counted.
@@ -168,13 +170,16 @@ def lfq_quantize_entropy(
         As ``lfq_quantize``, and from entropy and bit_counts to ``x``; twice differentiable.
 
     Raises:
-        RuntimeError: a shape, a dtype, ``scale`` or ``inverse_temperature`` does not fit.
+        ValueError: ``inverse_temperature`` wants a gradient.
+        RuntimeError: a shape, a dtype, ``scale`` or ``inverse_temperature`` does not fit. On CUDA a number that is not
+            positive is not noticed.
 
     Example:
         >>> lfq_quantize_entropy(torch.zeros(4, 2))[3:]
         (tensor([1.3863, 1.3863, 1.3863, 1.3863]), tensor([2., 2.]))
     """
-    return _lfq_quantize_entropy(x, mask, scale, spherical, inverse_temperature, num_codebooks or 0)
+    temperature = temperature_of(x, inverse_temperature)
+    return _lfq_quantize_entropy(x, mask, scale, spherical, temperature, num_codebooks or 0)
 
 
 def lfq_decode(
@@ -495,8 +500,16 @@ def _lfq_backward(ctx, grad_quantized, _, grad_error):
     return _lfq_quantize_backward(grad_quantized, grad_error, *ctx.saved_tensors, *ctx.options), *[None] * 3
 
 
+def _lfq_entropy_setup(ctx, inputs, output):
+    x, mask, ctx.scale, ctx.spherical, temperature, ctx.codebooks = inputs
+    ctx.save_for_backward(x, mask, temperature)
+    ctx.mark_non_differentiable(output[1])
+
+
 def _lfq_entropy_backward(ctx, grad_quantized, _, *grads):
-    return _lfq_quantize_entropy_backward(grad_quantized, *grads, *ctx.saved_tensors, *ctx.options), *[None] * 5
+    x, mask, temperature = ctx.saved_tensors
+    options = ctx.scale, ctx.spherical, temperature, ctx.codebooks
+    return _lfq_quantize_entropy_backward(grad_quantized, *grads, x, mask, *options), *[None] * 5
 
 
 def _latent_setup(ctx, inputs, output):
@@ -535,7 +548,7 @@ def _binary_backward(ctx, grad_bits, _, grad_entropy):
 
 _fsq_quantize = register_gradient("fsq_quantize", _fsq_backward, _fsq_setup)
 _lfq_quantize = register_gradient("lfq_quantize", _lfq_backward, _lfq_setup)
-_lfq_quantize_entropy = register_gradient("lfq_quantize_entropy", _lfq_entropy_backward, _lfq_setup)
+_lfq_quantize_entropy = register_gradient("lfq_quantize_entropy", _lfq_entropy_backward, _lfq_entropy_setup)
 _latent_quantize = register_gradient("latent_quantize", _latent_backward, _latent_setup)
 _latent_decode = register_gradient("latent_decode", _latent_decode_gradient, _latent_decode_setup)
 _binary_map = register_gradient("binary_map", _binary_backward, _binary_setup)

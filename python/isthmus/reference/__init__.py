@@ -36,6 +36,7 @@ from isthmus.reference.scalar import (
     lfq_quantize,
     lfq_quantize_entropy,
     pack_indices,
+    residual_fsq_quantize,
     unpack_indices,
 )
 from isthmus.reference.selection import batch_topk_encode, threshold_encode
@@ -79,6 +80,7 @@ __all__ = [
     "mmd",
     "pack_indices",
     "residual_code_totals",
+    "residual_fsq_quantize",
     "residual_vq_quantize",
     "sparse_decode",
     "sparse_reconstruct",

@@ -22,6 +22,7 @@ __all__ = [
     "lfq_quantize_entropy",
     "logistic_noise",
     "pack_indices",
+    "residual_fsq_quantize",
     "uniform_noise",
     "unpack_indices",
 ]
@@ -169,6 +170,47 @@ def fsq_decode(
     return _keep(indices >= 0, values).to(dtype)
 
 
+def residual_fsq_quantize(
+    x: Tensor,
+    levels: Sequence[int],
+    num_quantizers: int,
+    *,
+    hard_clamp: bool = False,
+    stages: Tensor | int | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Round each number to one of L levels, and what that leaves over to one of L finer ones, and so on::
+
+        r_0 = b · s(x / b),  b = L / (L - 1);   v_q = the nearest to r_q of L levels spread evenly over [-1, 1]
+        r_{q+1} = L · (r_q - v_q);   quantized = Σ_q v_q · L^-q
+
+    A row takes part in its first ``stages`` stages, none where ``mask`` is False; its other indices are -1. Halves
+    round to the even distance from the middle. The gradient is that of r_0.
+
+    Example:
+        >>> residual_fsq_quantize(torch.tensor([[0.0, 0.5]]), (3, 5), 3, hard_clamp=True)
+        (tensor([[0.0000, 0.5000]]), tensor([[10,  7,  7]]))
+    """
+    wide = widen(x)
+    radices = torch.tensor(tuple(levels), dtype=wide.dtype, device=x.device)
+    bound, half = radices / (radices - 1), (radices - 1) / 2
+    middle = radices.div(2, rounding_mode="floor")
+    offset = middle - half
+    bounded = wide.clamp(-bound, bound) if hard_clamp else bound * (wide / bound).tanh()
+    live = torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device) * (num_quantizers if stages is None else stages)
+    live = live if mask is None else live * mask
+    left, total, indices = bounded.detach(), torch.zeros_like(wide), []
+    for q in range(num_quantizers):
+        digit = ((half * left - offset).round() + middle).clamp(0 * radices, radices - 1)
+        value = digit / half - 1
+        kept = live > q
+        total = total + torch.where(kept.unsqueeze(-1), value * radices**-q, 0.0)
+        indices.append(torch.where(kept, _ravel(digit.nan_to_num(0.0).long(), levels), -1))
+        left = radices * (left - value)
+    quantized = torch.where((live > 0).unsqueeze(-1), _straight_through(total, bounded), 0.0)
+    return quantized.to(x.dtype), torch.stack(indices, dim=-1)
+
+
 # ---- signs -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +254,7 @@ def lfq_quantize_entropy(
     *,
     scale: float = 1.0,
     spherical: bool = False,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: Tensor | float = 1.0,
     num_codebooks: int | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -239,7 +281,7 @@ def lfq_quantize_entropy(
     return quantized, indices, error, _keep(mask, _bernoulli_entropy(a)), counts
 
 
-def bit_logits(x: Tensor, scale: float, spherical: bool, inverse_temperature: float) -> Tensor:
+def bit_logits(x: Tensor, scale: float, spherical: bool, inverse_temperature: Tensor | float) -> Tensor:
     """The a of ``lfq_quantize_entropy``: bits are Bernoulli(σ(a))."""
     wide = widen(x)
     u = _on_sphere(wide, scale) if spherical else wide
@@ -257,7 +299,7 @@ def lfq_code_counts(
     *,
     scale: float = 1.0,
     spherical: bool = False,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: Tensor | float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Σ over the rows of x [..., n] of p(c), for each of the 2^n codes: the soft histogram, by its definition.
