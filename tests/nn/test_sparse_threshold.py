@@ -139,6 +139,7 @@ def test_jumprelu_arrives_at_the_l0_that_is_asked_for(target):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_jumprelu_begins_at_the_l0_that_is_asked_for_at_any_scale(scale):
     assert trained_l0(scale, steps=0, target_l0=4)[0] == pytest.approx(4, rel=0.15)
+    assert trained_l0(scale, steps=0, target_l0=4, start_l0=9)[0] == pytest.approx(9, rel=0.15)
 
 
 def test_jumprelu_start_keeps_the_features_that_it_was_fitted_to(x):
@@ -166,6 +167,7 @@ def test_a_start_that_finds_nothing_leaves_the_encoder(x):
         ({"bandwidth": -1.0}, r"bandwidth must be positive, got -1\.0"),
         ({"target_l0": 0}, r"target_l0 must be in \(0, num_features=24\], got 0"),
         ({"target_l0": 25}, "target_l0 must be in .*, got 25"),
+        ({"start_l0": -1}, "start_l0 must be in .*, got -1"),
     ],
 )
 def test_jumprelu_options_out_of_range_are_named(options, message):

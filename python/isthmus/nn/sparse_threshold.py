@@ -97,7 +97,8 @@ class JumpReLUSAE(SparseCoder):
 
     Units: θ and ε are in those of a. For x with a mean square norm of D, as ``isthmus train sae`` makes it, a of a
     random direction is about 1; the paper's 0.001 for both is for a mean square norm of 1. :meth:`init_from` scales θ
-    with the encoder, and with ``target_l0`` begins where that many features are active, whatever the scale of x.
+    with the encoder, and with ``target_l0`` begins where that many features are active, whatever the scale of x, or
+    ``start_l0``, if that is given: features that are silent at the start tend to remain so.
     An ε far below θ meets so few entries that θ learns next to nothing; by default it is as wide as θ itself.
 
     An optimizer like Adam moves log θ by no more than its learning rate in a step, however strong the penalty: a θ that
@@ -112,6 +113,7 @@ class JumpReLUSAE(SparseCoder):
         sparsity_weight: of ``sparsity_loss``; ``None``: 0.001, the fraction of variance that a feature must explain of
             a row to be worth its place, or with ``target_l0`` 1.
         target_l0: active features per row that are asked for; ``None``: as few as ``sparsity_weight`` makes them.
+        start_l0: active features per row that :meth:`init_from` begins with; ``None``: ``target_l0``.
         threshold: θ of all features at the start, before :meth:`init_from`.
         bandwidth: ε; the wider, the less noise and the more bias in the gradients of θ. ``None``: θ itself.
         aux_k: dead features per row in the auxiliary loss of :class:`TopKSAE`; 0 for none.
@@ -120,7 +122,8 @@ class JumpReLUSAE(SparseCoder):
         sync_firing: under ``torch.distributed``, count what fired on all ranks.
 
     Raises:
-        ValueError: ``threshold`` or ``bandwidth`` is not positive, or ``target_l0`` or ``aux_k`` is out of range.
+        ValueError: ``threshold`` or ``bandwidth`` is not positive, or ``target_l0``, ``start_l0`` or ``aux_k`` is out
+            of range.
 
     Shapes:
         x ``[..., D]``; reconstruction ``[..., D]``; ragged values and indices ``[E]``, offsets ``[N + 1]``; losses
@@ -147,6 +150,7 @@ class JumpReLUSAE(SparseCoder):
         *,
         sparsity_weight: float | None = None,
         target_l0: float | None = None,
+        start_l0: float | None = None,
         threshold: float = 1.0,
         bandwidth: float | None = None,
         aux_k: int = 0,
@@ -157,8 +161,9 @@ class JumpReLUSAE(SparseCoder):
         for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
             if value is not None and not value > 0.0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if target_l0 is not None and not 0.0 < target_l0 <= num_features:
-            raise ValueError(f"target_l0 must be in (0, num_features={num_features}], got {target_l0}")
+        for name, value in (("target_l0", target_l0), ("start_l0", start_l0)):
+            if value is not None and not 0.0 < value <= num_features:
+                raise ValueError(f"{name} must be in (0, num_features={num_features}], got {value}")
         if sparsity_weight is None:
             sparsity_weight = 0.001 if target_l0 is None else 1.0
         super().__init__(
@@ -171,6 +176,7 @@ class JumpReLUSAE(SparseCoder):
             sync_firing=sync_firing,
         )
         self.target_l0 = target_l0
+        self.start_l0 = target_l0 if start_l0 is None else start_l0
         self.bandwidth = bandwidth
         self.log_threshold = nn.Parameter(torch.full((num_features,), math.log(threshold)))
 
@@ -191,8 +197,8 @@ class JumpReLUSAE(SparseCoder):
         return l0 if self.target_l0 is None else l0_target_loss(l0, self.target_l0)
 
     def _fit_selection(self, centred: Tensor) -> None:
-        if self.target_l0 is not None:
-            *_, threshold = ops.batch_topk_encode(centred, self.encoder_weight, self.encoder_bias, self.target_l0)
+        if self.start_l0 is not None:
+            *_, threshold = ops.batch_topk_encode(centred, self.encoder_weight, self.encoder_bias, self.start_l0)
             # No threshold stands for more features than are positive.
             if 0.0 < threshold < math.inf:
                 self.log_threshold.fill_(threshold.log())

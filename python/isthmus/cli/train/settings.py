@@ -80,9 +80,11 @@ class Settings:
             options["k"] = int(k) if k == int(k) else k
         if self.sparsity is not None:
             options["sparsity_weight"] = self.sparsity
-        for option in ("target_l0", "aux_k"):
-            if getattr(self, option) is not None:
-                options[option] = getattr(self, option)
+        if self.aux_k is not None:
+            options["aux_k"] = self.aux_k
+        if self.target_l0 is not None:
+            # On the way down more features find something to do.
+            options |= {"target_l0": self.target_l0, "start_l0": min(2 * self.target_l0, self.features)}
         if self.kind == "matryoshka":
             # Each level is half of the next.
             levels = LEVELS if self.levels is None else self.levels
