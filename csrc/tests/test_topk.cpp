@@ -105,6 +105,8 @@ int main() {
         test(Problem(dtype, activation, 23, 17, 300, 6, 3, plain, plain));
         test(Problem(dtype, activation, 9, 37, 2100, 40, 1, plain, plain));
         test(Problem(dtype, activation, 14, 65, 1200, 12, 12, plain, plain));
+        test(Problem(dtype, activation, 33, 17, 1200, 12, 12, plain, plain));
+        test(Problem(dtype, activation, 130, 37, 700, 90, 2, plain, plain));
       }
     }
     test(Problem(dtype, Activation::relu, 0, 4, 6, 2, 1, true, true));

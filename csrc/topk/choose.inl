@@ -91,7 +91,8 @@ struct Chooser {
     row.set(x);
     while (candidates.count > 0) {
       const int64_t wanted = larger(few, smaller(best.k, candidates.count / 8));
-      const C cut = candidates.count <= wanted ? -static_cast<C>(__builtin_inf()) : cut_value(candidates, wanted);
+      const C cut =
+          candidates.count <= wanted ? -static_cast<C>(__builtin_inf()) : cut_value(candidates, wanted, 2 * wanted);
       score(place, candidates, cut);
       keep(candidates, rounded_down<C>(best.bar(place)), cut);
     }
@@ -121,5 +122,41 @@ struct Chooser {
       kept.append(bound, load_indices<C>(candidates.indices + i), bits & inside);
     });
     candidates = kept;
+  }
+};
+
+// Upper bounds that passed the bars of some rows. One for each thread.
+template <class T>
+struct CandidateLists {
+  using C = Compute<T>;
+
+  const Features<T>& features;
+  const Best& best;
+  const int64_t rows, capacity, stride = capacity + lanes<C>;
+  Chooser<T> chooser{features, best, capacity};
+  Buffer<C> bars{rows};
+  Buffer<int64_t> counts{rows};
+  Buffer<C> bounds{rows * stride};
+  Buffer<int32_t> positions{rows * stride};
+
+  void begin(int64_t i, int64_t place) const {
+    bars.data[i] = rounded_down<C>(best.bar(place));
+    counts.data[i] = 0;
+  }
+
+  // A vector of bounds of features from `position` on, to row i. What is not a number is above everything.
+  ISTHMUS_INLINE void append(int64_t i, Vec<C> bound, int64_t position, uint32_t bits) const {
+    Candidates<C> list = of(i);
+    list.append(bound == bound ? bound : Vec<C>{} + static_cast<C>(__builtin_inf()),
+                indices_from<C>(static_cast<int32_t>(position)), bits);
+    counts.data[i] = list.count;
+  }
+
+  bool has_room(int64_t i, int64_t more) const { return counts.data[i] + more <= capacity; }
+  Candidates<C> of(int64_t i) const { return {bounds.data + i * stride, positions.data + i * stride, counts.data[i]}; }
+
+  ISTHMUS_NOINLINE void settle(int64_t i, int64_t place, int64_t row) const {
+    chooser.settle(place, features.row(row), of(i));
+    begin(i, place);
   }
 };

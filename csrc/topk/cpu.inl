@@ -5,17 +5,21 @@
 //               screen.inl)
 //     choose    bounds above the row's bar, its k-th best score so far, become candidates. When a row has many, or
 //               the panels in cache are used up, the most promising are scored exactly, which raises the bar, then
-//               those still above it (choose.inl)
+//               those still above it (choose.inl). Where a large part of the features is wanted, one feature after the
+//               other is scored with a block of rows (dense.inl)
+//     finish    the best are sorted and written (order.inl, finish.inl)
+//
+// Few rows meet the weights as they lie, without panels (few.inl).
 //
 // The answer is that of the exact scores: it depends neither on the screen, nor on how the work is cut, nor on the
 // level.
 //
 // Weights come in chunks: all threads write a chunk as panels, then every block of rows meets them. A feature that has
 // to be scored is read again while it is still in the third-level cache. Of 24576 features of 768 components 871 become
-// candidates for the best 32 of a row, and 392 are scored.
+// candidates for the best 32 of a row, and 392 are scored; of 1229, to find the best 256, 264.
 //
 // Extra memory: a chunk of panels and the words of some rows, at most about 8 MB each; for each row what is best so
-// far, 12 bytes for each of k.
+// far, 12 bytes for each of k; for each thread about 2 MB of candidates.
 
 #include "core/buffer.h"
 #include "core/dispatch.h"
@@ -34,12 +38,17 @@ namespace {
 #include "topk/screen.inl"
 // after features
 #include "topk/choose.inl"
+// after choose
+#include "topk/order.inl"
+// after order
+#include "topk/dense.inl"
 
 // How the work is cut. Features form lists, equal parts of a group, each with its own best; of every list a *slice* is
 // in a chunk. Many rows have one list for a group, as a bar is the higher the more features it has seen; few rows have
 // more of them, for the sake of parallelism.
 struct Plan {
   static constexpr int64_t wanted_items = 16, least_list = 1024, most_block_rows = 96, least_capacity = 256;
+  static constexpr int64_t most_dense = 8192, dense_part = 24;
   static constexpr int64_t batch_bytes = 8 * 1024 * 1024, chunk_bytes = 8 * 1024 * 1024, block_bytes = 1024 * 1024;
 
   int64_t k;                   // of a group
@@ -48,6 +57,7 @@ struct Plan {
   int64_t parts, lists;        // lists of a group, and in all
   int64_t slice;               // whole panels
   int64_t longest;             // list
+  bool dense;                  // whether a large part of a list is wanted, all of which fits into a chunk
   int64_t capacity;            // candidates of a row and list
 
   // row_bytes: of a row in the screen, of the weights; width: of a panel.
@@ -68,7 +78,9 @@ struct Plan {
     longest = divide_up(largest, parts);
     slice = smaller(larger(chunk_bytes / larger(weight_bytes, 1) / lists, 4 * k), longest);
     slice = larger(divide_up(slice, width), 1) * width;
-    capacity = smaller(larger(least_capacity, 4 * k), slice) + width;
+    dense = parts == 1 && longest <= smaller(slice, most_dense) && longest < dense_part * k;
+    if (dense) block_rows = smaller(block_rows, BlockChooser<T>::most_rows);
+    capacity = (dense ? slice : smaller(larger(least_capacity, 4 * k), slice)) + width;
     block_rows = smaller(block_rows, whole_tiles(larger(block_bytes / (capacity * 12), tile_rows)));
     blocks = divide_up(batch_rows, block_rows);
   }
@@ -102,7 +114,6 @@ struct Encoder {
   Buffer<C> panel_words{plan.lists * panels * width * depth};
   Buffer<C> panel_terms{plan.lists * panels * width * Panel<C>::terms};
 
-  const T* row(int64_t r) const { return static_cast<const T*>(args.x) + r * args.cols; }
   RowTile<C> tile(int64_t r) const {
     return {words.data + r * depth, units.data + r, lengths.data + r, slopes.data[r / tile_rows]};
   }
@@ -119,7 +130,7 @@ struct Encoder {
       const Buffer<C> scratch(tile_rows * screen.padded);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t r = t * tile_rows;
-        slopes.data[t] = screen.pack_tile(row(first + r), smaller(tile_rows, rows - r), words.data + r * depth,
+        slopes.data[t] = screen.pack_tile(features.row(first + r), smaller(tile_rows, rows - r), words.data + r * depth,
                                           units.data + r, lengths.data + r, scratch.data);
       }
     });
@@ -164,176 +175,50 @@ struct BlockScan {
 
   const Encoder<T, Words>& encoder;
   const Plan& plan = encoder.plan;
-  const int64_t stride = plan.capacity + lanes<C>;
-  Chooser<T> chooser{encoder.features, encoder.best, plan.capacity};
-  Buffer<C> bars{plan.block_rows};
-  Buffer<int64_t> counts{plan.block_rows};
-  Buffer<C> bounds{plan.block_rows * stride};
-  Buffer<int32_t> positions{plan.block_rows * stride};
+  CandidateLists<T> lists{encoder.features, encoder.best, plan.block_rows, plan.capacity};
+  BlockChooser<T> chooser{encoder.features, encoder.best, plan.block_rows, plan.dense ? plan.slice : 0};
   Buffer<C> scores{tile_rows * width};
   Buffer<uint32_t> passed{tile_rows};
 
   // Rows r … r + rows - 1 of the batch that begins at row `first`.
   void meet(int64_t first, int64_t r, int64_t rows, int64_t list, int64_t chunk) const {
     const int64_t count = encoder.in_slice(list, chunk), position = encoder.first_of(list, chunk);
-    for (int64_t i = 0; i < rows; ++i) begin_row(i, place(r + i, list));
+    const auto place = [&](int64_t i) { return (r + i) * plan.lists + list; };
+    for (int64_t i = 0; i < rows; ++i) lists.begin(i, place(i));
     for (int64_t f = 0; f < count; f += width) {
       const uint32_t inside = ~0u >> (32 - smaller(width, count - f));
       for (int64_t t = 0; t < rows; t += tile_rows) {
         const int64_t in_tile = smaller(tile_rows, rows - t);
         encoder.screen.meet(encoder.tile(r + t), in_tile, encoder.panel(list * encoder.panels + f / width),
-                            bars.data + t, scores.data, passed.data);
+                            lists.bars.data + t, scores.data, passed.data);
         for (int64_t i = 0; i < in_tile; ++i) {
           const uint32_t bits = passed.data[i] & inside;
           if (bits == 0) continue;
           append(t + i, scores.data + i * width, position + f, bits);
-          if (counts.data[t + i] + width > plan.capacity) settle(t + i, place(r + t + i, list), first + r + t + i);
+          if (!lists.has_room(t + i, width)) lists.settle(t + i, place(t + i), first + r + t + i);
         }
       }
     }
-    for (int64_t i = 0; i < rows; ++i) settle(i, place(r + i, list), first + r + i);
+    if (plan.dense) return chooser.settle(lists, first + r, rows, position, count, place);
+    for (int64_t i = 0; i < rows; ++i) lists.settle(i, place(i), first + r + i);
   }
 
-  int64_t place(int64_t row, int64_t list) const { return row * plan.lists + list; }
-
-  void begin_row(int64_t i, int64_t place) const {
-    bars.data[i] = rounded_down<C>(encoder.best.bar(place));
-    counts.data[i] = 0;
-  }
-
-  // What is not a number is above everything.
-  ISTHMUS_INLINE void append(int64_t i, const C* row_bounds, int64_t position, uint32_t bits) const {
-    Candidates<C> list{bounds.data + i * stride, positions.data + i * stride, counts.data[i]};
+  ISTHMUS_INLINE void append(int64_t i, const C* bounds, int64_t position, uint32_t bits) const {
     for (int j = 0; j < width; j += lanes<C>, bits >>= lanes<C>) {
-      const Vec<C> bound = load(row_bounds + j), infinite = Vec<C>{} + static_cast<C>(__builtin_inf());
-      list.append(bound == bound ? bound : infinite, indices_from<C>(static_cast<int32_t>(position + j)),
-                  bits & ((1u << lanes<C>)-1));
-    }
-    counts.data[i] = list.count;
-  }
-
-  ISTHMUS_NOINLINE void settle(int64_t i, int64_t place, int64_t row) const {
-    chooser.settle(place, encoder.row(row), {bounds.data + i * stride, positions.data + i * stride, counts.data[i]});
-    begin_row(i, place);
-  }
-};
-
-// Few rows: every score is exact, and what takes the time is to read the weights once.
-template <class T>
-struct FewRows {
-  static constexpr int64_t most_rows = 4, at_once = 64;
-
-  const Features<T>& features;
-  const Plan& plan;
-  const Best& best;
-  const int64_t rows;
-
-  void run() const {
-    parallel_for(plan.lists, 1, [&](int64_t begin, int64_t end) {
-      const ExactRow<T> x[most_rows] = {{features}, {features}, {features}, {features}};
-      for (int64_t r = 0; r < rows; ++r) x[r].set(static_cast<const T*>(features.args.x) + r * features.args.cols);
-      for (int64_t list = begin; list < end; ++list) scan(list, x);
-    });
-  }
-
-  void scan(int64_t list, const ExactRow<T>* x) const {
-    int32_t positions[at_once];
-    double scores[at_once];
-    const int64_t end = plan.begin(features, list + 1);
-    for (int64_t first = plan.begin(features, list); first < end; first += at_once) {
-      const int64_t count = smaller(at_once, end - first);
-      for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(first + i);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t place = r * plan.lists + list;
-        x[r].score(positions, count, scores);
-        for (int64_t i = 0; i < count; ++i) {
-          if (!(best.ranking.rank(scores[i]) <= best.bar(place))) best.offer(place, scores[i], positions[i]);
-        }
-      }
+      lists.append(i, load(bounds + j), position + j, bits & ((1u << lanes<C>)-1));
     }
   }
 };
 
-// Brings together what the lists of a row hold, and sorts it.
-template <class T>
-struct Finisher {
-  const TopkEncode& args;
-  const Features<T>& features;
-  const Plan& plan;
-  const Best& best;
-  Buffer<bool> positive{plan.k};
-
-  // place: of the first list of the row.
-  void finish(int64_t row, int64_t place) const {
-    T* values = static_cast<T*>(args.values) + row * args.k;
-    int64_t* indices = args.indices + row * args.k;
-    for (int64_t list = 0; list < plan.lists; ++list) {
-      if (best.is_broken(place + list)) return fill(values, indices, args.k, __builtin_nan(""), 0);
-    }
-    for (int64_t g = 0; g < args.groups; ++g) {
-      finish_group(g, place + g * plan.parts, values + g * plan.k, indices + g * plan.k);
-    }
-  }
-
-  static void fill(T* values, int64_t* indices, int64_t count, double value, int64_t index) {
-    for (int64_t j = 0; j < count; ++j) {
-      store_score(values + j, value);
-      indices[j] = index;
-    }
-  }
-
-  void finish_group(int64_t group, int64_t place, T* values, int64_t* indices) const {
-    for (int64_t part = 1; part < plan.parts; ++part) {
-      const BestHeap other = best.heap(place + part);
-      for (int64_t i = 0; i < other.count; ++i) {
-        const int32_t note = other.notes[i];
-        best.offer(place, Ranking::score(other.values[i], note), Ranking::position(note));
-      }
-    }
-    BestHeap heap = best.heap(place);
-    int64_t filled = heap.count;
-    if (args.activation == Activation::relu) filled += add_zeros(group, heap, values, indices);
-    fill(values + filled, indices + filled, plan.k - filled, 0, -1);
-    while (heap.count > 0) {
-      const int64_t j = heap.count - 1;
-      store_score(values + j, Ranking::score(heap.values[0], heap.notes[0]));
-      indices[j] = features.id(Ranking::position(heap.notes[0]));
-      heap.pop();
-    }
-  }
-
-  // A heap of fewer than k holds all features that are positive. Behind them, the first of the others count as 0.
-  int64_t add_zeros(int64_t group, const BestHeap& heap, T* values, int64_t* indices) const {
-    const int64_t first = features.starts.data[group], there = features.starts.data[group + 1] - first;
-    const int64_t wanted = smaller(plan.k, there) - heap.count;
-    for (int64_t p = 0; p < plan.k; ++p) positive.data[p] = false;
-    for (int64_t i = 0; i < heap.count; ++i) {
-      if (heap.notes[i] - first < plan.k) positive.data[heap.notes[i] - first] = true;
-    }
-    int64_t j = heap.count;
-    for (int64_t p = 0; j < heap.count + wanted; ++p) {
-      if (positive.data[p]) continue;
-      store_score(values + j, 0.0);
-      indices[j++] = features.id(first + p);
-    }
-    return wanted;
-  }
-};
-
-template <class T>
-void finish_rows(const Features<T>& features, const Plan& plan, const Best& best, int64_t first, int64_t rows) {
-  parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
-    const Finisher<T> finisher{features.args, features, plan, best};
-    for (int64_t row = begin; row < end; ++row) finisher.finish(first + row, row * plan.lists);
-  });
-}
+#include "topk/few.inl"
+#include "topk/finish.inl"
 
 template <class T>
 void encode_few(const Features<T>& features) {
   const TopkEncode& args = features.args;
-  const Plan plan(features, 1, 1, 1);
+  const Plan plan(features, 1, 1, FewRows<T>::size);
   const Best best(args.rows * plan.lists, plan.k, args.activation);
-  FewRows<T>{features, plan, best, args.rows}.run();
+  FewRows<T>{features, plan, best}.run();
   finish_rows(features, plan, best, 0, args.rows);
 }
 
@@ -359,7 +244,7 @@ bool is_worthwhile(const Features<T>& features) {
   constexpr double most_passing = 1.0 / 24;
   const int64_t cols = features.args.cols, count = features.count();
   if (cols < Words::least_cols || cols > Words::most_cols || count == 0) return false;
-  const auto row = [&](int64_t i) { return static_cast<const T*>(features.args.x) + i * cols; };
+  const auto row = [&](int64_t i) { return features.row(i); };
   const auto weight = [&](int64_t i) { return features.weight(i); };
   const double total =
       average_loss<Words, true>(row, features.args.rows, cols) + average_loss<Words, false>(weight, count, cols);

@@ -20,6 +20,7 @@ struct Features {
     starts.data[args.groups] = args.among == nullptr ? args.features : count;
   }
 
+  const T* row(int64_t r) const { return static_cast<const T*>(args.x) + r * args.cols; }
   int64_t count() const { return starts.data[args.groups]; }
   ISTHMUS_INLINE int64_t id(int64_t position) const { return args.among == nullptr ? position : ids.data[position]; }
   ISTHMUS_INLINE const T* weight(int64_t position) const {

@@ -126,17 +126,17 @@ ISTHMUS_INLINE int64_t count_at_least(const Candidates<C>& list, C bound) {
   return total;
 }
 
-// A value that at least `wanted` entries reach and, unless many are equal, at most twice as many.
+// A value that at least `wanted` entries reach and, unless many are equal, at most `most`.
 template <class C>
-inline C cut_value(const Candidates<C>& list, int64_t wanted) {
-  Vec<C> least = splat(list.values[0]), most = least;
+inline C cut_value(const Candidates<C>& list, int64_t wanted, int64_t most) {
+  Vec<C> least = splat(list.values[0]), greatest = least;
   each_vector<C>(list.count, [&](int64_t i, uint32_t) {
     const Vec<C> part =
         i + lanes<C> <= list.count ? load(list.values + i) : load_first(list.values + i, list.count - i);
     least = part < least ? part : least;
-    most = greater(part, most);
+    greatest = greater(part, greatest);
   });
-  Ordered<C> low = to_ordered(C(0) - largest_lane<C>(Vec<C>{} - least)), high = to_ordered(largest_lane<C>(most));
+  Ordered<C> low = to_ordered(C(0) - largest_lane<C>(Vec<C>{} - least)), high = to_ordered(largest_lane<C>(greatest));
   while (low < high) {
     const Ordered<C> middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
     const int64_t count = count_at_least(list, from_ordered<C>(middle));
@@ -144,7 +144,7 @@ inline C cut_value(const Candidates<C>& list, int64_t wanted) {
       high = middle - 1;
     } else {
       low = middle;
-      if (count <= 2 * wanted) break;
+      if (count <= most) break;
     }
   }
   return from_ordered<C>(low);

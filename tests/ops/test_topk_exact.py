@@ -97,27 +97,40 @@ def check_exact(x, weight, bias, activation, values, indices):
     ranks = scores.relu() if activation == "relu" else scores.abs() if activation == "abs" else scores
     slack = 1e-14 * (x.double()[whole].norm(dim=1) * weight.double().norm(dim=1).max()).unsqueeze(1)
     found = ranks.gather(1, indices)
-    best = ranks.topk(K).values
+    best = ranks.topk(values.shape[1]).values
     assert ((found == best) | ((found - best).abs() <= slack)).all()
     assert all(torch.equal(i.unique(), i.sort().values) for i in indices[::97])
     chosen = found if activation == "relu" else scores.gather(1, indices)
     assert ((values == chosen.float()) | ((values.double() - chosen).abs() <= slack + 6e-8 * chosen.abs())).all()
 
 
-@pytest.mark.parametrize("activation", ("relu", "identity", "abs"))
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_exact_at_every_level(kind, activation):
-    """105600 rows in all. Equal bits at every level, wherever it cuts and whatever it screens with."""
-    x, weight, bias = kind()
+def check_every_level(x, weight, bias, k, activation):
+    """Exact at the best level, and equal bits at the others, wherever they cut and whatever they screen with."""
     levels = isthmus.build_info()["isa_available"]
     results = []
     for level in levels:
         isthmus.set_isa(level)
-        results.append(ops.topk_encode(x, weight, bias, K, activation=activation))
+        results.append(ops.topk_encode(x, weight, bias, k, activation=activation))
     check_exact(x, weight, bias, activation, *results[-1])
     for level, (values, indices) in zip(levels, results, strict=True):
         assert torch.equal(indices, results[-1][1]), level
         assert torch.equal(values.nan_to_num(), results[-1][0].nan_to_num()), level
+
+
+@pytest.mark.parametrize("activation", ("relu", "identity", "abs"))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_exact_at_every_level(kind, activation):
+    """105600 rows in all."""
+    check_every_level(*kind(), K, activation)
+
+
+@pytest.mark.parametrize("rows, k", ((1, K), (11, 100), (500, 200)), ids=("one row", "few rows", "many features"))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_few_rows_and_many_features(kind, rows, k):
+    """Few rows meet the weights as they lie; where a quarter of the features is wanted, each meets a block of rows."""
+    x, weight, bias = kind()
+    for activation in ("relu", "identity", "abs"):
+        check_every_level(x[2 : 2 + rows], weight, bias, k, activation)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
