@@ -116,10 +116,6 @@ struct GroupBounds {
   ISTHMUS_INLINE C lower(const RowBound<C>& row, int64_t g) const {
     return product(row, norms.data[g], losses.data[g]) + floors.data[g];
   }
-  // Of scores that are computed from the vectors themselves; infinite if the group holds a wild code.
-  ISTHMUS_INLINE C fine(const RowBound<C>& row, int64_t g) const {
-    return row.rounding * norms.data[g] + row.absolute + ceilings.data[g];
-  }
   ISTHMUS_INLINE C upper(const RowBound<C>& row, int64_t g) const {
     return product(row, norms.data[g], losses.data[g]) + ceilings.data[g];
   }
@@ -127,5 +123,47 @@ struct GroupBounds {
   ISTHMUS_INLINE C of_span(const RowBound<C>& row, int64_t span) const {
     const C* w = widest.data + span * 3;
     return product(row, w[0], w[1]) + w[2];
+  }
+};
+
+// How far the score itself may be off, computed in the compute type from the vectors as they are: what a row and its
+// rounding add to E, proved under "Few rows" in docs/numerics.md:
+//
+//     euclidean      relative |s~| + underflow
+//     inner product  relative |x| |c| + underflow (1 + |x|) (1 + |c|)
+//     cosine         relative |x|     + underflow (1 + |x|) (1 + 1 / |c|)
+template <class C>
+struct DirectBound {
+  Metric metric = Metric::euclidean;
+  C relative = 0, underflow = 0;
+
+  DirectBound() = default;
+  DirectBound(Metric metric_, double square, int64_t dim) : metric(metric_) {
+    const double count = 2 * roundings(dim), rounding = count * rounding_unit<C>;
+    const double length = metric == Metric::euclidean ? 0 : __builtin_sqrt(square) * raise<C> + least_length<C>;
+    const bool tame = square < tame_square<C>;
+    relative = static_cast<C>(tame ? rounding * raise<C> * (length > 0 ? length : 1) : __builtin_inf());
+    underflow = static_cast<C>(tame ? count * flushed<C> * (1 + length) : __builtin_inf());
+  }
+
+  // From sums of (x - c)² or x·c, and of c². A code whose square vanishes or could overflow gets an infinite error.
+  ISTHMUS_INLINE void judge(Vec<C> sum, Vec<C> square, Vec<C>& score, Vec<C>& error) const {
+    if (metric == Metric::euclidean) {
+      score = -sum;
+      error = relative * sum + underflow;
+      return;
+    }
+    const Vec<C> length = sqrt(square), infinite = Vec<C>{} + C(__builtin_inf());
+    const Mask<C> tame = square < static_cast<C>(tame_square<C>);
+    if (metric == Metric::inner_product) {
+      score = sum;
+      const Vec<C> longer = length * static_cast<C>(raise<C>) + static_cast<C>(least_length<C>);
+      error = tame ? relative * longer + underflow * (1 + longer) : infinite;
+    } else {
+      const Vec<C> inverse = 1 / length;
+      score = sum * inverse;
+      const Mask<C> held = tame & (square > static_cast<C>(flushed<C> / rounding_unit<C>));
+      error = held ? relative + underflow * (1 + 2 * inverse) : infinite;
+    }
   }
 };

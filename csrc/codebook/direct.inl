@@ -1,54 +1,12 @@
 // Included by cpu.inl of codebook and residual: the best codes of few rows, for whom packing a codebook takes longer
 // than reading it once as it lies.
 //
-//     screen    s~ = -|x - c|², x·c / |c| or x·c and its error bound E in the compute type, a vector of codes at a
-//     time;
-//               s~ + E is kept, and the best s~ - E of every chunk of codes
+//     screen    s~ = -|x - c|², x·c / |c| or x·c and its error bound E (bound.inl) in the compute type, a vector of
+//               codes at a time; s~ + E is kept, and the best s~ - E of every chunk of codes
 //     survive   a code whose s~ + E is below the best s~ - E cannot be the best
 //     rescore   the groups of eight that hold a survivor, packed one at a time, in float64 (rescore.inl)
 //
 // Traffic: the codebook once, rows · codes numbers written and read once.
-
-// What a row and its rounding add to E, proved under "Few rows" in docs/numerics.md:
-//
-//     euclidean      relative |s~| + underflow
-//     inner product  relative |x| |c| + underflow (1 + |x|) (1 + |c|)
-//     cosine         relative |x|     + underflow (1 + |x|) (1 + 1 / |c|)
-template <class C>
-struct DirectBound {
-  Metric metric = Metric::euclidean;
-  C relative = 0, underflow = 0;
-
-  DirectBound() = default;
-  DirectBound(Metric metric_, double square, int64_t dim) : metric(metric_) {
-    const double count = 2 * roundings(dim), rounding = count * rounding_unit<C>;
-    const double length = metric == Metric::euclidean ? 0 : __builtin_sqrt(square) * raise<C> + least_length<C>;
-    const bool tame = square < tame_square<C>;
-    relative = static_cast<C>(tame ? rounding * raise<C> * (length > 0 ? length : 1) : __builtin_inf());
-    underflow = static_cast<C>(tame ? count * flushed<C> * (1 + length) : __builtin_inf());
-  }
-
-  // From sums of (x - c)² or x·c, and of c². A code whose square vanishes or could overflow gets an infinite error.
-  ISTHMUS_INLINE void judge(Vec<C> sum, Vec<C> square, Vec<C>& score, Vec<C>& error) const {
-    if (metric == Metric::euclidean) {
-      score = -sum;
-      error = relative * sum + underflow;
-      return;
-    }
-    const Vec<C> length = sqrt(square), infinite = Vec<C>{} + C(__builtin_inf());
-    const Mask<C> tame = square < static_cast<C>(tame_square<C>);
-    if (metric == Metric::inner_product) {
-      score = sum;
-      const Vec<C> longer = length * static_cast<C>(raise<C>) + static_cast<C>(least_length<C>);
-      error = tame ? relative * longer + underflow * (1 + longer) : infinite;
-    } else {
-      const Vec<C> inverse = 1 / length;
-      score = sum * inverse;
-      const Mask<C> held = tame & (square > static_cast<C>(flushed<C> / rounding_unit<C>));
-      error = held ? relative + underflow * (1 + 2 * inverse) : infinite;
-    }
-  }
-};
 
 // Half of the lanes of two vectors that hold parts of Count sums each; the other half, added, leaves parts of 2 Count.
 // In the order of instructions that are cheap: first within 16 bytes, then whole 16 bytes.
@@ -186,10 +144,7 @@ struct DirectSearch {
       const Vec<C> lower = there ? score - error : Vec<C>{} - C(__builtin_inf());
       const int64_t place = chunk * batch.count + row + r;
       store(batch.uppers.data + place * chunk_codes + i, score + error);
-      C* bar = batch.bars.data + place * best;
-      for (unsigned bits = lane_bits(lower > bar[best - 1]); bits != 0; bits &= bits - 1) {
-        insert(bar, best, lower[__builtin_ctz(bits)]);
-      }
+      insert_lanes(batch.bars.data + place * best, best, lower);
     }
     return Rows;
   }

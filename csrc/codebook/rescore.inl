@@ -25,13 +25,18 @@ inline void copy_double(const C* x, int64_t dim, double* copy) {
 
 template <class C>
 inline double squared_length(const C* x, int64_t dim) {
-  f64v squares = {};
+  constexpr int64_t chains = 4, step = chains * lanes<double>;
+  f64v squares[chains] = {};
   int64_t k = 0;
-  for (; k + lanes<double> <= dim; k += lanes<double>) {
-    const f64v part = load_double(x + k);
-    squares += part * part;
+  for (; k + step <= dim; k += step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) {
+      const f64v part = load_double(x + k + i * lanes<double>);
+      squares[i] += part * part;
+    }
   }
-  double sum = sum_lanes<double>(squares);
+  for (; k + lanes<double> <= dim; k += lanes<double>) squares[0] += load_double(x + k) * load_double(x + k);
+  double sum = sum_lanes<double>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; k < dim; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(x[k]);
   return sum;
 }
@@ -118,7 +123,7 @@ struct BestCodes {
     unsigned better = 0;
 #pragma GCC unroll 8
     for (int p = 0; p < group_parts; ++p) better |= lane_bits(group[p] >= scores[count - 1]) << (p * lanes<double>);
-    if (indices[count - 1] == nobody) better = ~0u;
+    if (scores[count - 1] != scores[count - 1]) better = ~0u;  // nobody yet, or not a number
     better &= left < group_codes ? (1u << left) - 1 : (1u << group_codes) - 1;
     for (; better != 0; better &= better - 1) {
       const int j = __builtin_ctz(better);
@@ -187,12 +192,6 @@ struct CodeGroups {
         scorer.pack(codebook + first * dim, codes - first, numbers.data + first * dim, lengths.data + first);
       }
     });
-  }
-
-  ISTHMUS_INLINE void prefetch(int64_t g) const {
-    const int64_t bytes = dim * group_codes * static_cast<int64_t>(sizeof(C)), most = 128 * 64;
-    const char* group = reinterpret_cast<const char*>(numbers.data + g * dim * group_codes);
-    for (int64_t i = 0; i + 64 <= bytes && i < most; i += 64) __builtin_prefetch(group + i);
   }
 
   // The codes of group g meet the best of the row x.

@@ -129,8 +129,8 @@ struct Panels {
   bool suits_quads([[maybe_unused]] int64_t count) const {
 #if defined(ISTHMUS_QUADS)
     const double mean_square = center.mean_square;
-    return sizeof(C) == 4 && center.dim >= least_quad_dim && center.dim <= most_quad_dim &&
-           count >= least_quad_codes(center.dim) && mean_square > 0x1p-60 && mean_square < 0x1p60 &&
+    return sizeof(C) == 4 && center.dim >= least_quad_dim && center.dim <= most_quad_dim && count >= least_quad_codes &&
+           mean_square > 0x1p-60 && mean_square < 0x1p60 &&
            center.largest * center.largest * static_cast<double>(center.dim) < uneven * mean_square;
 #else
     return false;

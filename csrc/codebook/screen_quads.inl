@@ -5,8 +5,7 @@
 // unsigned bytes by signed ones, so rows have 128 added, and 128 Σ c is taken off at the start.
 
 constexpr int64_t least_quad_dim = 32;
-// The shorter vectors are, the larger the part of the time that is not the product.
-inline int64_t least_quad_codes(int64_t dim) { return dim < 128 ? 2048 : 1024; }
+constexpr int64_t least_quad_codes = 512;
 constexpr int64_t most_quad_dim = 8192;  // sums stay below 2²⁸
 // Of no code, or a wild one. Others are above -2²⁹ - 2²⁸.
 constexpr int32_t no_score = -(1 << 30);

@@ -2,15 +2,18 @@
 //
 //     screen    s~ = x·c - |c|²/2 (x·c of the normalised codes, x·c) in a register tile, of which only the largest of
 //               each group of eight codes is kept (screen.inl)
-//     survive   |s~ - s| <= E(row, group) (bound.inl); a group whose s~ + E is below the best s~ - E of another cannot
-//               hold the best code. Mostly one group survives
-//     rescore   the survivors in float64 (rescore.inl)
+//     survive   |s~ - s| <= E(row, group) (bound.inl); a group whose s~ + E is below a score that is known to be
+//               reached cannot hold the best code. Mostly one group survives, or two
+//     settle    after a coarse screen, the codes of the leading group are scored in the compute type, which drops most
+//     of
+//               the others; then what is left (shortlist.inl)
+//     rescore   what that does not settle, or a fine screen left, in float64 (rescore.inl)
 //
 // The answer is the exact one, so it does not depend on how rows and codes are cut, nor on the level.
 //
 // Arithmetic: 2·N·K·D operations at the rate of the FMA ports, at twice that as bfloat16 and at four times as bytes; a
-// few comparisons for every eight scores; 8·D float64 operations a survivor. Traffic: the packed codebook streams past
-// each block of rows, which waits in cache.
+// few comparisons for every eight scores; 24·D operations a survivor. Traffic: the packed codebook streams past each
+// block of rows, which waits in cache.
 
 #include "codebook/bound.inl"
 #include "codebook/center.inl"
@@ -43,6 +46,16 @@ inline void insert(C* greatest, int64_t count, C value) {
   greatest[place] = value;
 }
 
+template <class C>
+inline void insert_lanes(C* greatest, int64_t count, Vec<C> values) {
+  unsigned bits = lane_bits(values > greatest[count - 1]);
+  if (count == 1 && bits != 0) {
+    greatest[0] = largest_lane<C>(values > greatest[0] ? values : greatest[0] - Vec<C>{});
+    return;
+  }
+  for (; bits != 0; bits &= bits - 1) insert(greatest, count, values[__builtin_ctz(bits)]);
+}
+
 // The rank-th largest lane, counted from 1.
 template <class C>
 inline C ranked_lane(Vec<C> v, int64_t rank) {
@@ -55,19 +68,20 @@ inline C ranked_lane(Vec<C> v, int64_t rank) {
   return sorted[rank - 1];
 }
 
+// after rescore
+#include "codebook/repetitions.inl"
+// after insert_lanes
+#include "codebook/shortlist.inl"
+
 // The scratch of one thread.
 template <class T>
 struct BlockSearch {
   using C = Compute<T>;
+  using Lane = decltype(+Mask<C>{}[0]);
   static constexpr int size = lanes<C>;
   static constexpr int64_t max_rows = 96;
   static constexpr int64_t max_slabs = 8192 / slab_codes<C>;  // at once: their maxima stay in L2
   static constexpr int64_t slabs_per_span = 64 / size;
-
-  struct Survivor {
-    int64_t row, group;
-    C score;  // the largest of its codes, as screened
-  };
 
   const CodeGroups<T>& groups;
   const Panels<C>& panels;
@@ -78,11 +92,16 @@ struct BlockSearch {
   Buffer<C> words;         // [max_rows, word_stride]: the rows as the screen takes them, where it does not as they are
   Buffer<C> moved;         // a tile of rows
   Buffer<C> maxima;        // [max_rows, slabs_at_once, lanes]
-  Buffer<C> bars;          // [max_rows, best]: the best codes of a row are at least as good, greatest first
-  Buffer<Survivor> queue;  // of one screen
+  Buffer<int64_t> queue;   // groups of a row
   Buffer<double> row;      // one row in float64
   Buffer<double> scratch;  // scores, for a caller that does not want them
+  Repetitions<T> repetitions;
+  Shortlist<T> shortlist;
   RowBound<C> bounds[max_rows];
+  DirectBound<C> whole_bounds[max_rows];
+  double shifts[max_rows];          // what is screened is this much more, at least, than half of -|x - c|² or the score
+  int64_t leaders[max_rows];        // groups
+  C bars[max_rows];                 // as screened, the best codes of a row are not worse
   C units[max_rows / tile_height];  // of tiles
 
   BlockSearch(const PackedCodes<T>& codes, int64_t best_)
@@ -92,16 +111,17 @@ struct BlockSearch {
         words(copies ? max_rows * word_stride : 0),
         moved(moves ? tile_height * panels.dim : 0),
         maxima(max_rows * slabs_at_once * size),
-        bars(max_rows * best),
-        queue(max_rows * slabs_at_once * size),
+        queue(slabs_at_once * size),
         row(panels.dim),
-        scratch(max_rows * best) {}
+        scratch(max_rows * best),
+        repetitions(groups),
+        shortlist(groups, slabs_at_once * size, best) {}
 
   // Row i begins at rows + i · stride, i < count <= max_rows. indices and scores (or null): [count, best], best first.
   // Scores are -|x - c|², x·c / |c| or x·c in float64; one that is not a number comes last.
   template <class Visitor = const NoVisitor>
   void search(const C* rows, int64_t stride, int64_t count, int64_t* indices, double* scores, Visitor&& visitor = {}) {
-    search_slabs(0, panels.slabs, rows, stride, count, indices, scores == nullptr ? scratch.data : scores, visitor);
+    search_slabs(0, panels.slabs, rows, stride, count, indices, scores, visitor);
   }
 
   // The same among the codes of some slabs alone, begin being a multiple of slabs_per_span.
@@ -111,21 +131,29 @@ struct BlockSearch {
 #if defined(ISTHMUS_TILES)
     const TileSession session;
 #endif
+    const bool index_alone = scores == nullptr && best == 1 && end - begin <= slabs_at_once;
+    if (scores == nullptr) scores = scratch.data;
     for (int64_t r = 0; r < count; r += tile_height) {
       prepare_tile(r, count - r < tile_height ? count - r : tile_height, rows, stride);
     }
     visitor.expect(rows, stride, count, bounds);
     for (int64_t r = 0; r < count; ++r) BestCodes{scores + r * best, indices + r * best, best}.clear();
-    for (int64_t i = 0; i < count * best; ++i) bars.data[i] = -static_cast<C>(__builtin_inf());
+    for (int64_t r = 0; r < count; ++r) bars[r] = -static_cast<C>(__builtin_inf());
     for (int64_t slab = begin; slab < end; slab += slabs_at_once) {
       const int64_t slabs = end - slab < slabs_at_once ? end - slab : slabs_at_once;
       for (int64_t s = 0; s < slabs; ++s) {
         panels.meet(slab + s, copies ? words.data : rows, copies ? word_stride : stride, count, units,
                     maxima.data + s * size, slabs_at_once * size, visitor);
       }
-      int64_t found = 0;
-      for (int64_t r = 0; r < count; ++r) found = find_survivors(r, slab, slabs, found);
-      rescore(found, rows, stride, indices, scores);
+      for (int64_t r = 0; r < count; ++r) find_leader(r, slab, slabs);
+      for (int64_t r = 0; r < count; ++r) {
+        const BestCodes of_row{scores + r * best, indices + r * best, best};
+        if (panels.coarse) {
+          settle(r, rows + r * stride, slab, slabs, of_row, index_alone);
+        } else {
+          rescore(r, rows + r * stride, slab, slabs, of_row);
+        }
+      }
     }
   }
 
@@ -151,136 +179,128 @@ struct BlockSearch {
       if (!panels.coarse && moves) std::memcpy(copy, x, static_cast<size_t>(panels.dim) * sizeof(C));
       bounds[first + i] =
           RowBound<C>(squares[i], lost, panels.coarse, panels.dim, panels.center.taken, static_cast<double>(unit));
+      whole_bounds[first + i] = DirectBound<C>(panels.metric, squares[i], panels.dim);
+      shifts[first + i] = shift_of(rows + (first + i) * stride, squares[i]);
     }
+  }
+
+  // With the center m, (x - m)·(c - m) - |c - m|²/2 = |x - m|²/2 - |x - c|²/2, and x·(c - m) = x·c - x·m.
+  double shift_of(const C* x, double square) const {
+    const double rounding = roundings(panels.dim) * 0x1p-53;
+    if (panels.metric == Metric::euclidean) return square * (0.5 - rounding - (moves ? 2 * rounding_unit<C> : 0));
+    double product = 0;
+    for (int64_t k = 0; panels.center.helps && k < panels.dim; ++k) {
+      product += static_cast<double>(x[k]) * static_cast<double>(panels.center.mean.data[k]);
+    }
+    return -product - __builtin_sqrt(square) * panels.center.taken * rounding;
   }
 
   ISTHMUS_INLINE Vec<C> maximum(int64_t r, int64_t s) const {
     return load(maxima.data + (r * slabs_at_once + s) * size);
   }
 
-  // Appends to the queue. First, one comparison for each vector of maxima with the widest bound of 64 groups; then what
-  // is left, with the bound of its own group. Written so that whatever is not a number survives.
-  int64_t find_survivors(int64_t r, int64_t slab, int64_t slabs, int64_t queued) {
-    const C* bar = bars.data + r * best;
-    C spans[max_slabs / slabs_per_span];
-    for (int64_t s = 0; s < slabs; s += slabs_per_span) {
-      spans[s / slabs_per_span] = panels.bounds.of_span(bounds[r], (slab + s) / slabs_per_span);
+  C score_of(int64_t r, int64_t slab, int64_t group) const {
+    return maxima.data[r * slabs_at_once * size + group - slab * size];
+  }
+
+  void raise_bar(int64_t r, C bar) {
+    if (bar > bars[r]) bars[r] = bar;
+  }
+
+  // The group with the largest maximum, and for several codes a bar.
+  void find_leader(int64_t r, int64_t slab, int64_t slabs) {
+    Vec<C> top = Vec<C>{} - C(__builtin_inf());
+    Mask<C> place = {};
+    for (int64_t s = 0; s < slabs; ++s) {
+      const Vec<C> here = maximum(r, s);
+      const Mask<C> larger = here > top;
+      top = larger ? here : top;
+      place = larger ? Mask<C>{} + static_cast<Lane>(s) : place;
     }
-    const C highest = ranked_maximum(r, slabs, spans), start = highest > bar[best - 1] ? highest : bar[best - 1];
-    int64_t end = queued;
+    const int lane = __builtin_ctz(lane_bits(top == largest_lane<C>(top)));
+    leaders[r] = (slab + place[lane]) * size + lane;
+    if (best > 1 && best <= size) raise_bar(r, ranked_lower_bound(r, slab, slabs));
+  }
+
+  // Of the best-th best code.
+  C ranked_lower_bound(int64_t r, int64_t slab, int64_t slabs) const {
+    Vec<C> top = Vec<C>{} - C(__builtin_inf());
+    for (int64_t s = 0; s < slabs; ++s) {
+      top = greater(maximum(r, s) - panels.bounds.of_span(bounds[r], (slab + s) / slabs_per_span), top);
+    }
+    return ranked_lane<C>(top, best);
+  }
+
+  // The groups but for the leader that the bar leaves, which meets(group) may raise.
+  template <class F>
+  void for_each_survivor(int64_t r, int64_t slab, int64_t slabs, const F& meets) {
+    int64_t found = find_survivors(r, slab, slabs);
+    if (found > 16 + groups.groups / 16 && !repetitions.known) {
+      repetitions.find(best);
+      found = find_survivors(r, slab, slabs);
+    }
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t group = queue.data[i];
+      if (!(score_of(r, slab, group) + panels.bounds.upper(bounds[r], group) < bars[r])) meets(group);
+    }
+  }
+
+  // One comparison for each vector of maxima, with the widest bound of 64 groups. Written so that whatever is not a
+  // number is left.
+  int64_t find_survivors(int64_t r, int64_t slab, int64_t slabs) {
+    int64_t found = 0;
     for (int64_t s = 0; s < slabs; s += slabs_per_span) {
-      const C low = start - spans[s / slabs_per_span];
+      const int64_t span = (slab + s) / slabs_per_span;
+      const C low = bars[r] - panels.bounds.of_span(bounds[r], span);
       uint64_t dropped = 0;
       for (int64_t i = s; i < s + slabs_per_span && i < slabs; ++i) {
         dropped |= static_cast<uint64_t>(lane_bits(maximum(r, i) < low)) << ((i - s) * size);
       }
-      const int64_t left = groups.groups - (slab + s) * size;  // fewer than lanes in the last slab
+      const int64_t first = span * 64, left = groups.groups - first;  // fewer than lanes in the last slab
       const uint64_t present = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
-      for (uint64_t bits = present & ~dropped; bits != 0; bits &= bits - 1) {
-        const int64_t place = s * size + __builtin_ctzll(bits);
-        queue.data[end++] = {r, slab * size + place, maxima.data[r * slabs_at_once * size + place]};
+      for (uint64_t bits = present & repetitions.novel.data[span] & ~dropped; bits != 0; bits &= bits - 1) {
+        const int64_t group = first + __builtin_ctzll(bits);
+        queue.data[found] = group;
+        found += group != leaders[r];
       }
     }
-    return slabs == panels.slabs && end - queued <= best ? end : refine(r, queued, end);
+    return found;
   }
 
-  // Of the queue from `begin`, keeps what survives with the bounds of its own groups.
-  int64_t refine(int64_t r, int64_t begin, int64_t end) {
-    C* bar = bars.data + r * best;
-    for (int64_t i = begin; i < end; ++i) {
-      // The group has one code, at least, that is as good as its lower bound.
-      insert(bar, best, queue.data[i].score - panels.bounds.lower(bounds[r], queue.data[i].group));
+  // After a coarse screen: the bar rises with every group that is looked at more closely. index_alone: no score is
+  // wanted, so that float64 may not be needed.
+  void settle(int64_t r, const C* x, int64_t slab, int64_t slabs, const BestCodes& codes, bool index_alone) {
+    shortlist.begin(x, whole_bounds[r]);
+    const auto meet = [&](int64_t group) {
+      shortlist.meet(group);
+      raise_bar(r, as_screened(r, shortlist.bar()));
+    };
+    meet(leaders[r]);
+    for_each_survivor(r, slab, slabs, meet);
+    const int64_t winner = index_alone ? shortlist.winner() : BestCodes::nobody;
+    if (winner != BestCodes::nobody) {
+      codes.indices[0] = winner;
+      return;
     }
-    int64_t kept = begin;
-    for (int64_t i = begin; i < end; ++i) {
-      if (queue.data[i].score + panels.bounds.upper(bounds[r], queue.data[i].group) < bar[best - 1]) continue;
-      if (kept < i) queue.data[kept] = queue.data[i];
-      ++kept;
-    }
-    return kept;
-  }
-
-  // A lower bound of the best-th best code.
-  ISTHMUS_INLINE C ranked_maximum(int64_t r, int64_t slabs, const C* spans) const {
-    if (best > size) return -static_cast<C>(__builtin_inf());
-    Vec<C> top = Vec<C>{} - C(__builtin_inf());
-    for (int64_t s = 0; s < slabs; ++s) top = greater(maximum(r, s) - spans[s / slabs_per_span], top);
-    return best == 1 ? largest_lane<C>(top) : ranked_lane<C>(top, best);
-  }
-
-  void rescore(int64_t found, const C* rows, int64_t stride, int64_t* indices, double* scores) {
-    for (int64_t begin = 0, end = end_of_row(0, found); begin < found;) {
-      const int64_t r = queue.data[begin].row, next_end = end_of_row(end, found);
-      const bool next_ordered = pays_to_order(next_end - end);
-      if (next_ordered) bring_forward(end, next_end);
-      for (int64_t i = end; i < next_end && i < end + (next_ordered ? 1 : 2); ++i) groups.prefetch(queue.data[i].group);
-      const C* x = rows + r * stride;
-      const BestCodes codes{scores + r * best, indices + r * best, best};
-      copy_double(x, panels.dim, row.data);
-      if (pays_to_order(end - begin)) {
-        rescore_best_first(r, x, begin, end, codes);
-      } else {
-        for (int64_t i = begin; i < end; ++i) groups.rescore(row.data, queue.data[i].group, codes);
-      }
-      begin = end;
-      end = next_end;
+    copy_double(x, panels.dim, row.data);
+    for (int64_t i = 0; i < shortlist.count; ++i) {
+      if (shortlist.contenders(i) != 0) groups.rescore(row.data, shortlist.groups.data[i], codes);
     }
   }
 
-  // Of the part of the queue that begins here and belongs to one row.
-  int64_t end_of_row(int64_t begin, int64_t found) const {
-    int64_t end = begin;
-    while (end < found && queue.data[end].row == queue.data[begin].row) ++end;
-    return end;
+  // A bar for scores as one for what is screened, rounded down.
+  C as_screened(int64_t r, C bar) const {
+    const double part = panels.metric == Metric::euclidean ? 0.5 : 1;
+    const double screened = part * static_cast<double>(bar) + shifts[r];
+    return static_cast<C>(screened - 4 * rounding_unit<C> * __builtin_fabs(screened));
   }
 
-  // Of vectors that are short, rescoring a few more takes no longer than finding out which. Codes of cosine would have
-  // to be normalised in float64 once more: where a center is taken off, they have few digits left.
-  bool pays_to_order(int64_t survivors) const {
-    return panels.coarse && panels.metric != Metric::cosine && survivors > best + 1 && best <= size &&
-           panels.dim >= 128;
-  }
-
-  // Survivors of a coarse screen: once `best` codes are known, the score of the last of them, which needs no allowance
-  // for what words leave out, drops most of the others.
-  void rescore_best_first(int64_t r, const C* x, int64_t begin, int64_t end, const BestCodes& codes) {
-    C bar = bars.data[r * best + best - 1];
-    int64_t last = BestCodes::nobody;
-    for (int64_t i = begin; i < end; ++i) {
-      if (i < begin + best) bring_forward(i, end);
-      const Survivor next = queue.data[i];
-      if (next.score + panels.bounds.upper(bounds[r], next.group) < bar) continue;
-      groups.rescore(row.data, next.group, codes);
-      if (codes.indices[best - 1] == last) continue;
-      last = codes.indices[best - 1];
-      const C raised = lower_bound(r, x, last);
-      if (raised > bar) bar = raised;
-    }
-  }
-
-  // The survivor with the largest score takes this place in the queue.
-  void bring_forward(int64_t place, int64_t end) {
-    int64_t top = place;
-    for (int64_t i = place + 1; i < end; ++i) {
-      if (queue.data[i].score > queue.data[top].score) top = i;
-    }
-    const Survivor moved = queue.data[top];
-    queue.data[top] = queue.data[place];
-    queue.data[place] = moved;
-  }
-
-  // What the screen approximates, for one code, less its rounding. Not for cosine.
-  C lower_bound(int64_t r, const C* x, int64_t code) const {
-    const Center<C>& center = panels.center;
-    Vec<C> products = {}, squares = {};
-    for (int64_t k = 0; k < panels.dim; k += size) {
-      const int64_t left = panels.dim - k;
-      const Vec<C> mean = load_first(center.mean.data + k, left);
-      const Vec<C> c = load_first(groups.codebook + code * panels.dim + k, left) - mean;
-      products += (load_first(x + k, left) - (moves ? mean : Vec<C>{})) * c;
-      squares += c * c;
-    }
-    const C half = panels.metric == Metric::euclidean ? C(0.5) : C(0);
-    return sum_lanes<C>(products) - half * sum_lanes<C>(squares) - panels.bounds.fine(bounds[r], code / group_codes);
+  // After a fine screen mostly the leader alone is left.
+  void rescore(int64_t r, const C* x, int64_t slab, int64_t slabs, const BestCodes& codes) {
+    const int64_t leader = leaders[r];
+    if (best == 1) raise_bar(r, score_of(r, slab, leader) - panels.bounds.lower(bounds[r], leader));
+    copy_double(x, panels.dim, row.data);
+    groups.rescore(row.data, leader, codes);
+    for_each_survivor(r, slab, slabs, [&](int64_t group) { groups.rescore(row.data, group, codes); });
   }
 };

@@ -284,16 +284,19 @@ void test_not_a_number() {
   Random random(7);
   for (DType dtype : all_dtypes) {
     for (Metric metric : metrics) {
-      for (int64_t best : {1, 4, 40}) {
-        Numbers x = normals(random, 30 * 3), codebook = normals(random, 40 * 3);
-        x[0] = x[3] = x[4] = x[5] = nan;
-        x[10] = inf;
-        x[13] = -inf;
-        for (size_t k = 0; k < 3; ++k) codebook[k] = nan;
-        codebook[33 * 3 + 1] = nan;
-        codebook[20 * 3 + 1] = inf;
-        codebook[30 * 3 + 2] = -inf;
-        test({"not a number", dtype, metric, 1, 30, 40, 3, best, Array(dtype, x), Array(dtype, codebook)}, false);
+      for (auto [codes, dim] : {std::pair{40, 3}, {700, 33}}) {
+        for (int64_t best : {1, 4, 40}) {
+          Numbers x = normals(random, 30 * dim), codebook = normals(random, codes * dim);
+          x[0] = x[size_t(dim)] = x[size_t(dim + 1)] = x[size_t(dim + 2)] = nan;
+          x[size_t(3 * dim + 1)] = inf;
+          x[size_t(4 * dim + 1)] = -inf;
+          for (int64_t k = 0; k < dim; ++k) codebook[size_t(k)] = nan;
+          codebook[size_t(33 * dim + 1)] = nan;
+          codebook[size_t(20 * dim + 1)] = inf;
+          codebook[size_t(30 * dim + 2)] = -inf;
+          test({"not a number", dtype, metric, 1, 30, codes, dim, best, Array(dtype, x), Array(dtype, codebook)},
+               false);
+        }
       }
     }
   }

@@ -44,34 +44,7 @@ long double exact_score(const Panels<C>& panels, const C* x, const C* c) {
   return panels.metric == Metric::euclidean ? product - square / 2 : product;
 }
 
-// Returns the largest share of its bound that an error took up.
-template <class C>
-double check_bounds(const BlockSearch<C>& block, const C* x, const C* codebook, const char* name) {
-  const Panels<C>& panels = block.panels;
-  const int64_t codes = panels.codes;
-  double share = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t group = 0; group * group_codes < codes; ++group) {
-      long double exact = -__builtin_inf();
-      for (int64_t i = group * group_codes; i < codes && i < (group + 1) * group_codes; ++i) {
-        const long double score = exact_score(panels, x + r * panels.dim, codebook + i * panels.dim);
-        exact = std::max(exact, score);
-        CHECK(panels.metric == Metric::cosine || !(block.lower_bound(r, x + r * panels.dim, i) > score));
-      }
-      const double bound = panels.bounds.upper(block.bounds[r], group);
-      const double score = block.maximum(r, group / lanes<C>)[group % lanes<C>];
-      const double error = static_cast<double>(std::fabs(score - exact));
-      CHECK_THAT(error <= bound, "%s: error %g, bound %g (dim %ld, metric %d, row %ld, group %ld)", name, error, bound,
-                 static_cast<long>(panels.dim), static_cast<int>(panels.metric), static_cast<long>(r),
-                 static_cast<long>(group));
-      CHECK(bound <= panels.bounds.of_span(block.bounds[r], group / 64) * 1.00001);
-      if (error > 0) share = std::max(share, error / bound);
-    }
-  }
-  return share;
-}
-
-// The score that few rows are searched by.
+// The score itself.
 template <class C>
 long double exact_score(Metric metric, const C* x, const C* c, int64_t dim) {
   long double product = 0, square = 0, distance = 0;
@@ -83,6 +56,53 @@ long double exact_score(Metric metric, const C* x, const C* c, int64_t dim) {
   }
   if (metric == Metric::euclidean) return -distance;
   return metric == Metric::cosine && square > 0 ? product / std::sqrt(square) : product;
+}
+
+// A group's codes scored from the vectors themselves: none is better than its upper bound, and the bar that they make
+// is not above the best of what is screened, `exact`.
+template <class C>
+void check_closer_look(BlockSearch<C>& block, const C* x, const C* codebook, int64_t r, int64_t group,
+                       long double exact, const char* name) {
+  const int64_t dim = block.panels.dim, first = group * group_codes;
+  Shortlist<C>& list = block.shortlist;
+  list.begin(x + r * dim, block.whole_bounds[r]);
+  list.meet(group);
+  for (int64_t i = 0; i < group_codes && first + i < block.panels.codes; ++i) {
+    const long double score = exact_score(block.panels.metric, x + r * dim, codebook + (first + i) * dim, dim);
+    CHECK_THAT(!(list.uppers.data[i] < score), "%s: score %Lg, upper bound %Lg (dim %ld, metric %d)", name, score,
+               static_cast<long double>(list.uppers.data[i]), static_cast<long>(dim),
+               static_cast<int>(block.panels.metric));
+  }
+  const long double bar = block.as_screened(r, list.bar());
+  CHECK_THAT(!(bar > exact), "%s: bar %Lg, best %Lg (dim %ld, metric %d)", name, bar, exact, static_cast<long>(dim),
+             static_cast<int>(block.panels.metric));
+}
+
+// Returns the largest share of its bound that an error took up.
+template <class C>
+double check_bounds(BlockSearch<C>& block, const C* x, const C* codebook, const char* name) {
+  const Panels<C>& panels = block.panels;
+  const int64_t codes = panels.codes;
+  double share = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t group = 0; group * group_codes < codes; ++group) {
+      long double exact = -__builtin_inf();
+      for (int64_t i = group * group_codes; i < codes && i < (group + 1) * group_codes; ++i) {
+        const long double score = exact_score(panels, x + r * panels.dim, codebook + i * panels.dim);
+        exact = std::max(exact, score);
+      }
+      check_closer_look(block, x, codebook, r, group, exact, name);
+      const double bound = panels.bounds.upper(block.bounds[r], group);
+      const double score = block.maximum(r, group / lanes<C>)[group % lanes<C>];
+      const double error = static_cast<double>(std::fabs(score - exact));
+      CHECK_THAT(error <= bound, "%s: error %g, bound %g (dim %ld, metric %d, row %ld, group %ld)", name, error, bound,
+                 static_cast<long>(panels.dim), static_cast<int>(panels.metric), static_cast<long>(r),
+                 static_cast<long>(group));
+      CHECK(bound <= panels.bounds.of_span(block.bounds[r], group / 64) * 1.00001);
+      if (error > 0) share = std::max(share, error / bound);
+    }
+  }
+  return share;
 }
 
 // No code is better than its upper bound, and some code is as good as the lower bound of each chunk.

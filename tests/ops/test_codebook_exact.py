@@ -59,7 +59,29 @@ def neighbouring_floats(rows: int, codes: int, dim: int) -> Problem:
     return codebook[torch.randint(codes, (rows,))] + 1e-4 * torch.randn(rows, dim), codebook
 
 
-KINDS = (normal, clustered, duplicated, huge_norms, tiny_norms, near_ties, neighbouring_floats)
+def collapsed(rows: int, codes: int, dim: int) -> Problem:
+    """Three codes, in any order, are all there is."""
+    return torch.randn(rows, dim), torch.randn(3, dim)[torch.randint(3, (codes,))]
+
+
+def tight_clusters(rows: int, codes: int, dim: int) -> Problem:
+    """The codes of a cluster are nearer to each other than a coarse screen can see."""
+    x, codebook = normal(rows, codes, dim)
+    centers = torch.randn(8, dim)
+    return centers[torch.randint(8, (rows,))] + 1e-3 * x, centers[torch.randint(8, (codes,))] + 1e-3 * codebook
+
+
+KINDS = (
+    normal,
+    clustered,
+    duplicated,
+    huge_norms,
+    tiny_norms,
+    near_ties,
+    neighbouring_floats,
+    collapsed,
+    tight_clusters,
+)
 
 
 def scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -101,6 +123,10 @@ def test_the_index_is_that_of_float64(kind, rows, codes, dim, metric):
     assert (gap <= size * (dim + 4) * 2.0**-50).all()
     if kind is duplicated:
         assert index.max() < codes // 4
+    if kind is collapsed:
+        same = codebook.unique(dim=0, return_inverse=True)[1]
+        first = torch.stack([(same == i).int().argmax() for i in range(3)])
+        assert torch.equal(index, first[same[index]]), "a repetition of an earlier code"
     if kind in (normal, duplicated):
         assert torch.equal(index, exact.argmax(1))
 
