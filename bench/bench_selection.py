@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isthmus import ops
 
-SHAPES = shapes({"N": 256, "D": 128, "F": 2048, "k": 16}, large=({"N": 2048, "D": 768, "F": 24576, "k": 32},))
+SHAPES = shapes({"N": 256, "D": 128, "F": 2048, "k": 16}, large=({"N": 1024, "D": 768, "F": 24576, "k": 32},))
 
 
 def make_encoder(rows: int, dims: int, features: int) -> tuple[Tensor, Tensor, Tensor]:

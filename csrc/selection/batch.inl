@@ -1,8 +1,9 @@
 // Included by cpu.inl: the largest scores of a whole batch.
 //
 // A sample tells what score the last of them will have, about. What is above is collected in lists, one for each item
-// of work. A list of twice as many entries as are wanted is cut down to the best, which raises what is asked of later
-// ones. Where the guess was too high, the search begins again with a lower one.
+// of work. When they hold twice as many entries as are wanted, they are cut down to the best, which raises what is
+// asked of later ones: a sample that misleads costs time, not memory. Where the guess was too high, the search begins
+// again with a lower one.
 
 // The last entry that is kept, in the order of falling scores, then of positions.
 struct Limit {
@@ -80,6 +81,12 @@ inline C number_below(double value) {
   return nearest == 0 ? -least : from_ordered<C>(to_ordered(nearest) - 1);
 }
 
+inline void acquire(bool* lock) {
+  while (__atomic_test_and_set(lock, __ATOMIC_ACQUIRE)) {
+  }
+}
+inline void release(bool* lock) { __atomic_clear(lock, __ATOMIC_RELEASE); }
+
 // The sink of a scan, which all threads share.
 template <class C>
 struct BatchSearch {
@@ -90,6 +97,15 @@ struct BatchSearch {
   const Lists<double>& lists;
   // The greatest score that `wanted` entries are known to reach, or the guess.
   mutable double least = guess;
+  const int64_t most_found = 2 * wanted + 1024;
+  mutable int64_t found = 0;  // entries in all lists
+  mutable bool cutting = false;
+  Buffer<bool> appending{lists.count};  // a lock for each list
+
+  BatchSearch(int64_t wanted_, double floor_, double guess_, const BrokenRows& broken_, const Lists<double>& lists_)
+      : wanted(wanted_), floor(floor_), guess(guess_), broken(broken_), lists(lists_) {
+    std::memset(appending.data, 0, static_cast<size_t>(lists.count));
+  }
 
   double current_least() const {
     double value;
@@ -107,18 +123,40 @@ struct BatchSearch {
 
   void meet(int64_t item, int64_t row, int64_t feature, double score) const {
     if (score > floor && score >= current_least()) {
-      List<double>& list = lists.data[item];
-      const int64_t place = list.grow();
-      list.values[place] = score;
-      list.positions[place] = position_of(row, feature);
-      if (list.count >= 2 * wanted + 1024) keep_best(list);
+      if (append(item, score, position_of(row, feature)) >= most_found) cut();
     } else if (score != score) {
       broken.add(row);
     }
   }
 
-  ISTHMUS_NOINLINE void keep_best(List<double>& list) const {
-    const Limit limit = find_limit(&list, 1, wanted, wanted + wanted / 4);
+  // Returns how many entries there are.
+  int64_t append(int64_t item, double score, int64_t position) const {
+    acquire(appending.data + item);
+    List<double>& list = lists.data[item];
+    const int64_t place = list.grow();
+    list.values[place] = score;
+    list.positions[place] = position;
+    const int64_t total = __atomic_add_fetch(&found, 1, __ATOMIC_RELAXED);
+    release(appending.data + item);
+    return total;
+  }
+
+  // Down to the best of all lists.
+  ISTHMUS_NOINLINE void cut() const {
+    acquire(&cutting);
+    for (int64_t l = 0; l < lists.count; ++l) acquire(appending.data + l);
+    if (found >= most_found) {  // else another thread was faster
+      const Limit limit = find_limit(lists.data, lists.count, wanted, wanted + wanted / 4);
+      found = 0;
+      for (int64_t l = 0; l < lists.count; ++l) found += keep(lists.data[l], limit);
+      if (limit.score > current_least()) __atomic_store(&least, &limit.score, __ATOMIC_RELAXED);
+    }
+    for (int64_t l = 0; l < lists.count; ++l) release(appending.data + l);
+    release(&cutting);
+  }
+
+  // Returns how many are left, which take no more memory than they need.
+  static int64_t keep(List<double>& list, const Limit& limit) {
     int64_t kept = 0;
     for (int64_t i = 0; i < list.count; ++i) {
       const double score = list.values[i];
@@ -128,13 +166,8 @@ struct BatchSearch {
       kept += limit.keeps(score, position);
     }
     list.count = kept;
-    if (limit.score > current_least()) __atomic_store(&least, &limit.score, __ATOMIC_RELAXED);
-  }
-
-  int64_t found() const {
-    int64_t total = 0;
-    for (int64_t l = 0; l < lists.count; ++l) total += lists.data[l].count;
-    return total;
+    list.fit();
+    return kept;
   }
 };
 
@@ -150,7 +183,7 @@ struct BatchRows {
 
   Limit find_last() const {
     if (search.wanted <= 0) return {__builtin_inf(), -1};
-    if (search.found() <= search.wanted) return {-__builtin_inf(), INT64_MAX};
+    if (search.found <= search.wanted) return {-__builtin_inf(), INT64_MAX};
     return find_limit(search.lists.data, search.lists.count, search.wanted, search.wanted);
   }
 
@@ -269,7 +302,7 @@ void batch_topk_encode_rows(const BatchTopkEncode& args) {
     if (broken.count() > known) {
       // Broken rows must not compete. They are found on the way: then, and only then, the batch is searched again.
       known = broken.count();
-    } else if (search.guess > floor && search.found() < wanted) {
+    } else if (search.guess > floor && search.found < wanted) {
       ++attempt;
     } else {
       return BatchRows<T>{args, search}.write();

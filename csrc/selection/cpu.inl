@@ -4,8 +4,9 @@
 // scores those again in float64. So the result is exact, and the same bits at every level and for every number of
 // threads.
 //
-// Extra memory: the words of at most about 32 MB of x, the panels of 8 MB of weights; and the entries that were found,
-// 8 bytes and a value each: for batch top-k about 1.5 E, at most about 2 E for each block of 96 rows.
+// Extra memory: the words of at most about 32 MB of x, the panels of 8 MB of weights; and the entries that were found.
+// For a threshold those are 8 bytes and a value each. For batch top-k they are 16 bytes each, about 1.5 E of them,
+// never more than 2 E + 1024 and one for each thread, in lists of at most twice that length.
 
 #include <new>
 

@@ -22,13 +22,22 @@ struct List {
 
   // The place of a new entry.
   int64_t grow() {
-    if (count == capacity) {
-      const int64_t wanted = larger(2 * capacity, 1024);
-      resize(values, wanted);
-      resize(positions, wanted);
-      capacity = wanted;
-    }
+    if (count == capacity) reserve(larger(2 * capacity, least));
     return count++;
+  }
+
+  // Gives back what is not used.
+  void fit() {
+    if (capacity > least) reserve(larger(count, least));
+  }
+
+ private:
+  static constexpr int64_t least = 1024;
+
+  void reserve(int64_t wanted) {
+    resize(values, wanted);
+    resize(positions, wanted);
+    capacity = wanted;
   }
 
   template <class E>

@@ -331,6 +331,29 @@ def test_pre_activations_are_never_stored(op):
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 16e6
 
 
+MISLED = """
+import resource, torch
+from isthmus import ops
+torch.set_num_threads(2)
+x, weight = torch.randn(2048, 8), torch.randn(8192, 8)
+weight[::16] *= 1e-3
+ops.batch_topk_encode(x[:64], weight, None, 32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+values, _, offsets, least = ops.batch_topk_encode(x, weight, None, 32)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+scores = (x.double() @ weight.double().T).flatten().topk(2048 * 32).values
+assert least == scores[-1].float() and torch.equal(values.sort(descending=True).values, scores.float())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_a_sample_that_misleads_costs_no_memory():
+    """It sees every 16th feature, which are tiny, so half of all scores are above its guess: 126 MB of entries. Twice as
+    many as are wanted take 2 MB."""
+    command = [sys.executable, "-c", MISLED]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 16e6
+
+
 def test_compiles_with_any_number_of_entries():
     x, weight, bias = problem(30, 6, 40)
 
