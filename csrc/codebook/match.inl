@@ -14,7 +14,7 @@
 //     bars
 //               rose
 //
-// No score is stored: a thread has a bar, a best row and eight places in the queue for each code, 116 bytes in float32.
+// No score is stored: a thread has a bar, a best row and eight places in the queue for each code, 120 bytes in float32.
 
 // The part of E that belongs to a tile: of RowBound, the worst of its rows.
 template <class C>
@@ -53,6 +53,7 @@ struct BestRows {
   const T* const x;  // [rows, dim]
   const int64_t rows;
   const int64_t room = 8 * codes;
+  Buffer<C> leading;        // [codes]: the greatest t~ + E in the queue
   Buffer<C> bars;           // [slabs, group_codes, lanes], as codes lie in slabs; infinite where there is none
   Buffer<Pair> queue;       // [room and a tile]
   Buffer<double> scores;    // [codes]
@@ -71,6 +72,7 @@ struct BestRows {
       : packed(packed_),
         x(x_),
         rows(rows_),
+        leading(codes),
         bars(panels.slabs * slab_codes<C>),
         queue(room + slab_codes<C>),
         scores(codes),
@@ -201,21 +203,53 @@ struct BestRows {
     queued = kept;
   }
 
-  // Neighbours in the queue are of one block: its tiles are packed when they are first needed.
+  // Of each code, the tile with the greatest t~ first: the score found there drops most of the others.
   void rescore() {
+    for (int64_t c = 0; c < codes; ++c) leading.data[c] = -static_cast<C>(__builtin_inf());
+    for (int64_t i = 0; i < queued; ++i) {
+      C& greatest = leading.data[queue.data[i].code];
+      greatest = queue.data[i].score > greatest ? queue.data[i].score : greatest;
+    }
+    rescore_if([&](const Pair& pair) { return pair.score == leading.data[pair.code]; });
+    rescore_if(
+        [&](const Pair& pair) { return pair.score != leading.data[pair.code] && !(pair.score < bar(pair.code)); });
+    queued = 0;
+  }
+
+  // Neighbours in the queue are of one block: its tiles are packed when they are first needed.
+  template <class Chosen>
+  void rescore_if(const Chosen& chosen) {
     const GroupScorer& scorer = packed.groups.scorer;
     for (int64_t i = 0; i < queued; ++i) {
-      const int64_t tile = queue.data[i].tile, c = queue.data[i].code, place = tile % max_tiles;
-      const int64_t row = tile * tile_height, left = rows - row, count = left < tile_height ? left : tile_height;
+      const Pair pair = queue.data[i], later = queue.data[i + 8 < queued ? i + 8 : i];
+      if (chosen(later)) prefetch_code(later.code);
+      if (!chosen(pair)) continue;
+      const int64_t row = int64_t{pair.tile} * tile_height, left = rows - row, place = pair.tile % max_tiles;
+      const int64_t count = left < tile_height ? left : tile_height;
       C* group = groups.data + place * dim * group_codes;
       double* of_group = lengths.data + place * group_codes;
-      prefetch_code(queue.data[i + 8 < queued ? i + 8 : i].code);
-      if (grouped[place] != tile) scorer.pack(x + row * dim, count, group, of_group);
-      grouped[place] = tile;
-      load_code(c);
-      scorer.meet(code.data, group, of_group, row, count, best(c));
+      if (grouped[place] != pair.tile) scorer.pack(x + row * dim, count, group, of_group);
+      grouped[place] = pair.tile;
+      load_code(pair.code);
+      scorer.meet(code.data, group, of_group, row, count, best(pair.code));
+      raise_bar(pair.code);
     }
-    queued = 0;
+  }
+
+  // To the t of the best row so far, less what rounding may have added. Not for the inner product, whose rounding
+  // depends on the length of that row.
+  void raise_bar(int64_t c) const {
+    const double score = scores.data[c], rounding = roundings(dim) * rounding_unit<C>;
+    double t = 0.5 * score, size_of_terms = -score;
+    if (panels.metric == Metric::inner_product) return;
+    if (panels.metric == Metric::cosine) {
+      const double length = packed.groups.lengths.data[c];
+      if (length > 0 && length < least_length<double>) return;
+      t = length > 0 ? score / length : score;
+      size_of_terms = 1;
+    }
+    const C raised = static_cast<C>(t - rounding * size_of_terms);
+    if (raised > bar(c)) bar(c) = raised;
   }
 
   void prefetch_code(int64_t c) const {
