@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(rows_per_block) residual_fsq_kernel(ResidualFs
   int64_t stride = 1;
   for (int d = 0; d < args.levels.dims; ++d) {
     const int64_t levels = args.levels.size[d];
-    const C centre = levels % 2 == 0 ? C(0.5) : C(0), width = static_cast<C>(levels - 1) / 2;
+    const C centre = levels % 2 == 0 ? C(0.5) : C(0), width = static_cast<C>(levels - 1) / 2, step = C(1) / width;
     const C low = static_cast<C>(-(levels / 2)), high = low + static_cast<C>(levels - 1);
     const C size = static_cast<C>(levels), narrower = C(1) / size, bound = bound_of<C>(levels);
     const C x = to_compute(static_cast<const T*>(args.x)[first + d]);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(rows_per_block) residual_fsq_kernel(ResidualFs
     for (int64_t q = 0; q < kept; ++q) {
       C rounded = rint(width * left - centre);
       rounded = rounded > high ? high : (rounded < low ? low : rounded);
-      const C value = (rounded + centre) / width;
+      const C value = (rounded + centre) * step;
       total += value * scale;
       if (rounded == rounded) indices[q] += stride * static_cast<int64_t>(rounded - low);
       left = (left - value) * size;

@@ -19,6 +19,7 @@ class ResidualFsqRows {
     const int64_t* size = args.levels.size;
     columns_.set(bound, [&](int64_t c) { return 1 + 1 / (static_cast<double>(size[c]) - 1); });
     columns_.set(half, [&](int64_t c) { return (static_cast<double>(size[c]) - 1) / 2; });
+    columns_.set(unit, [&](int64_t c) { return 2 / (static_cast<double>(size[c]) - 1); });
     columns_.set(offset, [&](int64_t c) { return size[c] % 2 == 0 ? 0.5 : 0; });
     columns_.set(lowest, [&](int64_t c) { return -(size[c] / 2); });
     columns_.set(highest, [&](int64_t c) { return size[c] - 1 - size[c] / 2; });
@@ -29,12 +30,14 @@ class ResidualFsqRows {
   template <class F>
   ISTHMUS_INLINE void each_stage(const Group& group, int64_t j, int64_t count, int64_t stages, F&& visit) const {
     const V low = columns_.at(lowest, j), high = columns_.at(highest, j), size = columns_.at(levels, j);
-    const V centre = columns_.at(offset, j), width = columns_.at(half, j), narrower = C(1) / size;
+    const V centre = columns_.at(offset, j), width = columns_.at(half, j), step = columns_.at(unit, j);
+    const V narrower = C(1) / size;
     V left = bounded(group, j, count), scale = splat(C(1));
     for (int64_t stage = 0; stage < stages; ++stage) {
       V rounded = round_even(width * left - centre);
       rounded = rounded > high ? high : (rounded < low ? low : rounded);
-      const V value = (rounded + centre) / width, digit = rounded - low;
+      // No division: each step of this chain waits for the one before it.
+      const V value = (rounded + centre) * step, digit = rounded - low;
       visit(stage, digit == digit ? digit : V{}, value * scale);
       left = (left - value) * size;
       scale *= narrower;
@@ -56,7 +59,7 @@ class ResidualFsqRows {
     return most * tanh(x / most);
   }
 
-  enum { bound, half, offset, lowest, highest, levels, count_ };
+  enum { bound, half, unit, offset, lowest, highest, levels, count_ };
 
   const T* x_;
   bool hard_clamp_;
