@@ -348,8 +348,8 @@ assert least == scores[-1].float() and torch.equal(values.sort(descending=True).
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_a_sample_that_misleads_costs_no_memory():
-    """It sees every 16th feature, which are tiny, so half of all scores are above its guess: 126 MB of entries. Twice as
-    many as are wanted take 2 MB."""
+    """It sees every 16th feature, which are tiny, so half of all scores are above its guess: 126 MB of entries.
+    Twice as many as are wanted take 2 MB."""
     command = [sys.executable, "-c", MISLED]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 16e6
 
