@@ -118,6 +118,34 @@ def bench_vq_assign_cosine(contest, shape):
     )
 
 
+def match(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """As prototype losses are written: the least of each row, and of each column, of all distances."""
+    distances = torch.cdist(x, codebook)
+    return distances.argmin(1), distances.argmin(0)
+
+
+@shapes(
+    SMALL,
+    large=({"N": 16384, "K": 8192, "D": 64}, {"N": 4096, "K": 1024, "D": 64}, {"N": 2048, "K": 2048, "D": 256}),
+)
+def bench_vq_match(contest, shape):
+    """The best code of each row and the best row of each code; the peer is a search for each."""
+    x, codebook = data(shape)
+
+    def compare(nearest_code: Tensor, nearest_row: Tensor) -> tuple[Tensor, ...]:
+        return (x - codebook[nearest_code]).square().sum(1), (x[nearest_row] - codebook).square().sum(1)
+
+    contest(
+        x,
+        codebook,
+        plain=match,
+        peer=("two vq_assign", lambda x, codebook: (ops.vq_assign(x, codebook), ops.vq_assign(codebook, x))),
+        isthmus=ops.vq_match,
+        compare=compare,
+        flops=2 * shape["N"] * shape["K"] * shape["D"],
+    )
+
+
 def faiss_nearest(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.from_numpy(faiss.knn(x.numpy(), codebook.numpy(), 1)[1][:, 0])
 
