@@ -7,7 +7,7 @@
 //     settle    after a coarse screen, the codes of the leading group are scored in the compute type, which drops most
 //     of
 //               the others; then what is left (shortlist.inl)
-//     rescore   what that does not settle, or a fine screen left, in float64 (rescore.inl)
+//     rescore   what that does not settle, what a fine screen left, and several codes, in float64 (rescore.inl)
 //
 // The answer is the exact one, so it does not depend on how rows and codes are cut, nor on the level.
 //
@@ -88,11 +88,15 @@ struct BlockSearch {
   const int64_t best;
   const int64_t slabs_at_once = panels.slabs < max_slabs ? panels.slabs : max_slabs;
   const bool moves = panels.center.moves_rows(), copies = panels.coarse || moves;
+  const bool settles = panels.coarse && best == 1;
+  // Of vectors that are short, rescoring a few more takes no longer than finding out which.
+  const bool orders = panels.coarse && panels.dim >= 128 && 1 < best && best <= size;
   const int64_t word_stride = panels.words_of((panels.dim + 4 * size - 1) / (4 * size) * (4 * size));
   Buffer<C> words;         // [max_rows, word_stride]: the rows as the screen takes them, where it does not as they are
   Buffer<C> moved;         // a tile of rows
   Buffer<C> maxima;        // [max_rows, slabs_at_once, lanes]
   Buffer<int64_t> queue;   // groups of a row
+  Buffer<C> greatest;      // [best]: lower bounds
   Buffer<double> row;      // one row in float64
   Buffer<double> scratch;  // scores, for a caller that does not want them
   Repetitions<T> repetitions;
@@ -112,6 +116,7 @@ struct BlockSearch {
         moved(moves ? tile_height * panels.dim : 0),
         maxima(max_rows * slabs_at_once * size),
         queue(slabs_at_once * size),
+        greatest(best),
         row(panels.dim),
         scratch(max_rows * best),
         repetitions(groups),
@@ -148,7 +153,7 @@ struct BlockSearch {
       for (int64_t r = 0; r < count; ++r) find_leader(r, slab, slabs);
       for (int64_t r = 0; r < count; ++r) {
         const BestCodes of_row{scores + r * best, indices + r * best, best};
-        if (panels.coarse) {
+        if (settles) {
           settle(r, rows + r * stride, slab, slabs, of_row, index_alone);
         } else {
           rescore(r, rows + r * stride, slab, slabs, of_row);
@@ -239,10 +244,34 @@ struct BlockSearch {
       repetitions.find(best);
       found = find_survivors(r, slab, slabs);
     }
+    if (best > 1) raise_bar(r, lower_bound(r, slab, found));
     for (int64_t i = 0; i < found; ++i) {
+      if (orders && i < best) bring_forward(i, found, r, slab);
       const int64_t group = queue.data[i];
       if (!(score_of(r, slab, group) + panels.bounds.upper(bounds[r], group) < bars[r])) meets(group);
     }
+  }
+
+  // The survivor with the largest score takes this place in the queue.
+  void bring_forward(int64_t place, int64_t found, int64_t r, int64_t slab) const {
+    int64_t top = place;
+    for (int64_t i = place + 1; i < found; ++i) {
+      if (score_of(r, slab, queue.data[i]) > score_of(r, slab, queue.data[top])) top = i;
+    }
+    const int64_t moved = queue.data[top];
+    queue.data[top] = queue.data[place];
+    queue.data[place] = moved;
+  }
+
+  // Of the best-th best code: each group has one, at least, that is as good as its own lower bound.
+  C lower_bound(int64_t r, int64_t slab, int64_t found) const {
+    for (int64_t i = 0; i < best; ++i) greatest.data[i] = -static_cast<C>(__builtin_inf());
+    const auto meet = [&](int64_t group) {
+      insert(greatest.data, best, score_of(r, slab, group) - panels.bounds.lower(bounds[r], group));
+    };
+    meet(leaders[r]);
+    for (int64_t i = 0; i < found; ++i) meet(queue.data[i]);
+    return greatest.data[best - 1];
   }
 
   // One comparison for each vector of maxima, with the widest bound of 64 groups. Written so that whatever is not a
@@ -273,7 +302,7 @@ struct BlockSearch {
     shortlist.begin(x, whole_bounds[r]);
     const auto meet = [&](int64_t group) {
       shortlist.meet(group);
-      raise_bar(r, as_screened(r, shortlist.bar()));
+      raise_bar(r, as_screened(r, static_cast<double>(shortlist.bar())));
     };
     meet(leaders[r]);
     for_each_survivor(r, slab, slabs, meet);
@@ -289,18 +318,21 @@ struct BlockSearch {
   }
 
   // A bar for scores as one for what is screened, rounded down.
-  C as_screened(int64_t r, C bar) const {
-    const double part = panels.metric == Metric::euclidean ? 0.5 : 1;
-    const double screened = part * static_cast<double>(bar) + shifts[r];
+  C as_screened(int64_t r, double bar) const {
+    const double part = panels.metric == Metric::euclidean ? 0.5 : 1, screened = part * bar + shifts[r];
     return static_cast<C>(screened - 4 * rounding_unit<C> * __builtin_fabs(screened));
   }
 
-  // After a fine screen mostly the leader alone is left.
+  // Where several codes are wanted or a fine screen left little but the leader.
   void rescore(int64_t r, const C* x, int64_t slab, int64_t slabs, const BestCodes& codes) {
     const int64_t leader = leaders[r];
     if (best == 1) raise_bar(r, score_of(r, slab, leader) - panels.bounds.lower(bounds[r], leader));
     copy_double(x, panels.dim, row.data);
-    groups.rescore(row.data, leader, codes);
-    for_each_survivor(r, slab, slabs, [&](int64_t group) { groups.rescore(row.data, group, codes); });
+    const auto meet = [&](int64_t group) {
+      groups.rescore(row.data, group, codes);
+      if (orders) raise_bar(r, as_screened(r, codes.scores[best - 1]));
+    };
+    meet(leader);
+    for_each_survivor(r, slab, slabs, meet);
   }
 };

@@ -73,7 +73,7 @@ void check_closer_look(BlockSearch<C>& block, const C* x, const C* codebook, int
                static_cast<long double>(list.uppers.data[i]), static_cast<long>(dim),
                static_cast<int>(block.panels.metric));
   }
-  const long double bar = block.as_screened(r, list.bar());
+  const long double bar = block.as_screened(r, static_cast<double>(list.bar()));
   CHECK_THAT(!(bar > exact), "%s: bar %Lg, best %Lg (dim %ld, metric %d)", name, bar, exact, static_cast<long>(dim),
              static_cast<int>(block.panels.metric));
 }
