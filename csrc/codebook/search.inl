@@ -4,9 +4,8 @@
 //               each group of eight codes is kept (screen.inl)
 //     survive   |s~ - s| <= E(row, group) (bound.inl); a group whose s~ + E is below a score that is known to be
 //               reached cannot hold the best code. Mostly one group survives, or two
-//     settle    after a coarse screen, the codes of the leading group are scored in the compute type, which drops most
-//     of
-//               the others; then what is left (shortlist.inl)
+//     settle    after a coarse screen, the codes of the leading group are scored in the compute type. That drops most
+//               other groups; then what is left (shortlist.inl)
 //     rescore   what that does not settle, what a fine screen left, and several codes, in float64 (rescore.inl)
 //
 // The answer is the exact one, so it does not depend on how rows and codes are cut, nor on the level.
