@@ -86,11 +86,11 @@ struct Plan {
   }
 
   static int64_t whole_tiles(int64_t rows) { return divide_up(rows, tile_rows) * tile_rows; }
-  // Where list l begins.
+  // Where list l begins; behind the last one, where the features end.
   template <class T>
   int64_t begin(const Features<T>& features, int64_t list) const {
     const int64_t group = list / parts, part = list % parts, first = features.starts.data[group];
-    return first + (features.starts.data[group + 1] - first) * part / parts;
+    return part == 0 ? first : first + (features.starts.data[group + 1] - first) * part / parts;
   }
 };
 
