@@ -48,8 +48,7 @@ ISTHMUS_INLINE C from_ordered(Ordered<C> ordered) {
   return value;
 }
 
-// ---- lists and heaps
-// -----------------------------------------------------------------------------------------------------
+// ---- lists and heaps -----------------------------------------------------------------------------------------------
 
 template <class C>
 struct IndexVecOf {
