@@ -87,6 +87,7 @@ void test_kind(const char* name, const Maker& make, std::initializer_list<DType>
     for (Metric metric : {Metric::euclidean, Metric::cosine, Metric::inner_product}) {
       for (Shape shape : {Shape{40, 3, 4}, Shape{33, 130, 7}, Shape{301, 77, 20}, Shape{2111, 150, 16},
                           Shape{2200, 2060, 33}, Shape{200, 1050, 130}}) {
+        if (dtype == DType::f64 && shape.codes > 2000) continue;  // which is screened in one way only
         Numbers x = normals(random, shape.rows * shape.dim), codebook = normals(random, shape.codes * shape.dim);
         make(shape, x, codebook);
         test({name, dtype, metric, 1, shape.rows, shape.codes, shape.dim, Array(dtype, x), Array(dtype, codebook)});
