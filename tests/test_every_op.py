@@ -1,4 +1,4 @@
-"""What must hold for every op of the library, checked on every case of tests/cases.py."""
+"""What must hold for every op of the library, checked on every case of tests/cases/."""
 
 from collections import defaultdict
 from functools import cache
@@ -210,7 +210,7 @@ SCHEMAS = sorted({n.split("::")[1] for n in torch._C._dispatch_get_all_op_names(
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_opcheck(schema):
     calls = recorded_calls()[schema]
-    assert calls, f"no case of tests/cases.py reaches isthmus::{schema}"
+    assert calls, f"no case of tests/cases/ reaches isthmus::{schema}"
     for func, args in calls[:4]:
         # What is written in place must not be a leaf that requires a gradient.
         floats = not func._schema.is_mutable and any(
