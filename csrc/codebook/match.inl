@@ -10,9 +10,7 @@
 //     screen    a code has a bar, the greatest t~ - E so far. A tile whose greatest t~ + E is below does not hold its
 //               best row. The bars rise fast: of n tiles in any order but the worst, some log n reach them
 //     queue     the pairs of tile and code that do
-//     rescore   those that reach the final bars, in float64 (rescore.inl). So the answer does not depend on how the
-//     bars
-//               rose
+//     rescore   those that reach the final bars, in float64 (rescore.inl): how the bars rose does not matter
 //
 // No score is stored: a thread has a bar, a best row and eight places in the queue for each code, 120 bytes in float32.
 

@@ -18,8 +18,7 @@ inline int64_t first_entry(const CodeLayout& code, int64_t row) {
   return code.offsets != nullptr ? code.offsets[row] : row * code.k;
 }
 
-// ---- a block of columns: Vectors vectors, all full; or a single one, of which only `left` columns may be there
-// -------
+// ---- a block of columns: Vectors vectors, all full; or one, of which only `left` columns may be there --------------
 
 // Calls f(v, vector v of the columns).
 template <int Vectors, class T, class F>
